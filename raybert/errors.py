@@ -1,0 +1,8 @@
+"""The one error class for what a user can mend."""
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names the rule, the value, the place and the remedy.
+
+    The command line shows only its message (exit code 1); any other exception is a defect of ours and keeps its traceback.
+    """

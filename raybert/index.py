@@ -1,0 +1,289 @@
+"""The index: for every shard, where its pages of records begin, which records are left out, and what its content is.
+
+Building it reads each file once and verifies every record, so training never meets a bad record that the index did not
+name. It is cached under the run directory, and a file is read again when its size or modification time has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from pyarrow import fs
+
+from raybert import tfrecord
+from raybert.errors import UserError
+from raybert.storage import Directory, File, open_input, resolve
+from raybert.tfrecord import BadRecord, Schema
+
+Ints = npt.NDArray[np.int64]
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+PAGE_RECORDS = 256
+CHUNK_BYTES = 16 << 20
+MAX_BAD_SHOWN = 20
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One TFRecord file, verified.
+
+    Args:
+        file: the file as it was when it was indexed.
+        data_path: where records are read from; differs from the file's path when that is compressed.
+        page_offsets: [pages + 1] byte offsets in `data_path` at which pages begin, and the end of the last.
+        page_records: [pages + 1] number of the first record of each page, and the end of the last.
+        skipped: [skipped] numbers of the records that are left out.
+        label_counts: [V] how often each token is a masked label.
+        num_random_next: samples whose second sentence is random.
+        digest: of the records' stored checksums.
+        bad: what is wrong with the file.
+    """
+
+    file: File
+    data_path: str
+    page_offsets: Ints
+    page_records: Ints
+    skipped: Ints
+    label_counts: Ints
+    num_random_next: int
+    digest: str
+    bad: tuple[BadRecord, ...]
+
+    @property
+    def page_sizes(self) -> Ints:
+        """[pages] samples of each page."""
+        skipped_before = np.searchsorted(self.skipped, self.page_records)
+        sizes: Ints = np.diff(self.page_records) - np.diff(skipped_before)
+        return sizes
+
+
+def index_shard(file: File, schema: Schema, cache: Directory, max_bad: int | None = None) -> Shard:
+    """The index of a file, from the cache or by reading the file once.
+
+    Args:
+        file: a TFRecord file; gzip and zlib are recognised by content and copied once, decompressed, into the cache.
+        schema: what each record must look like.
+        cache: where indices are kept.
+        max_bad: stop after so many bad records; such an index is not cached. Default: find all.
+    """
+    name = hashlib.sha256(f"{file.path}\0{schema}\0{FORMAT_VERSION}".encode()).hexdigest()[:24]
+    cached = _load(cache, name, file)
+    if cached is not None:
+        return cached
+    with open_input(file.path) as source:
+        compression = tfrecord.compression(source.read(64))
+        source.seek(0)
+        if not compression:
+            shard = _scan(file, file.path, _chunks(source), schema, max_bad)
+        else:
+            shard = _scan_compressed(file, source, cache, name, schema, max_bad)
+    if max_bad is None or len(shard.bad) < max_bad:
+        cache.write(f"{name}.npz", _to_bytes(shard))
+    return shard
+
+
+def _chunks(source: fs.NativeFile) -> Iterator[bytes]:
+    while chunk := source.read(CHUNK_BYTES):
+        yield chunk
+
+
+def _scan_compressed(
+    file: File, source: fs.NativeFile, cache: Directory, name: str, schema: Schema, max_bad: int | None
+) -> Shard:
+    """Scan a compressed file and write its decompressed copy on the way: it has no random access itself."""
+    copy = cache / f"{name}.tfrecord"
+    filesystem, path = resolve(copy.uri)
+    filesystem.create_dir(resolve(cache.uri)[1], recursive=True)
+    with filesystem.open_output_stream(f"{path}.part") as target:
+
+        def copied() -> Iterator[bytes]:
+            for chunk in tfrecord.decompressed_chunks(_chunks(source)):
+                target.write(chunk)
+                yield chunk
+
+        shard = _scan(file, copy.uri, copied(), schema, max_bad)
+    filesystem.move(f"{path}.part", path)
+    return shard
+
+
+def _scan(file: File, data_path: str, pieces: Iterable[bytes], schema: Schema, max_bad: int | None) -> Shard:
+    """One pass over a file's decompressed content."""
+    pages: list[tuple[int, int]] = []  # first record and byte offset
+    bad: list[BadRecord] = []
+    label_counts = np.zeros(schema.vocab_size, np.int64)
+    num_random_next, num_records, end = 0, 0, 0
+    checksums = hashlib.sha256()
+    for records in tfrecord.walk(pieces):
+        arrays, is_good = tfrecord.decode(records.buffer, records.offsets, records.lengths, schema)
+        bad += itertools.islice(tfrecord.bad_records(records, is_good, schema), max_bad)
+        is_good &= records.is_intact
+        first = -records.first_record % PAGE_RECORDS  # pages begin at multiples of PAGE_RECORDS
+        pages += [(records.first_record + i, int(records.frame_offsets[i])) for i in range(first, len(records), PAGE_RECORDS)]
+        labels = arrays["masked_lm_ids"][is_good][arrays["masked_lm_weights"][is_good] > 0]
+        label_counts += np.bincount(labels, minlength=schema.vocab_size)
+        num_random_next += int(arrays["next_sentence_labels"][is_good].sum())
+        checksums.update(records.crcs.astype("<u4").tobytes())
+        num_records, end = records.first_record + len(records), records.first_offset + records.consumed
+        if max_bad is not None and len(bad) >= max_bad:
+            break
+    pages.append((num_records, end))
+    return Shard(
+        file=file,
+        data_path=data_path,
+        page_offsets=np.array([offset for _, offset in pages]),
+        page_records=np.array([record for record, _ in pages]),
+        skipped=np.array([record.record for record in bad if not record.ends_file], np.int64),
+        label_counts=label_counts,
+        num_random_next=num_random_next,
+        digest=checksums.hexdigest(),
+        bad=tuple(bad),
+    )
+
+
+def _to_bytes(shard: Shard) -> bytes:
+    meta = {"file": asdict(shard.file), "bad": [asdict(record) for record in shard.bad]}
+    meta |= {name: getattr(shard, name) for name in ("data_path", "num_random_next", "digest")}
+    arrays = {name: getattr(shard, name) for name in ("page_offsets", "page_records", "skipped", "label_counts")}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
+    return buffer.getvalue()
+
+
+def _load(cache: Directory, name: str, file: File) -> Shard | None:
+    """A cached index, unless the file has changed since or the cache entry is damaged."""
+    try:
+        with np.load(io.BytesIO(cache.read(f"{name}.npz")), allow_pickle=False) as content:
+            arrays = {key: content[key] for key in content.files}
+        meta = json.loads(arrays.pop("meta").tobytes())
+    except (FileNotFoundError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None
+    if File(**meta.pop("file")) != file:
+        return None
+    bad = tuple(BadRecord(**record) for record in meta.pop("bad"))
+    return Shard(file=file, bad=bad, **meta, **arrays)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of many shards: numbered shard after shard, record after record, those left out not counted.
+
+    Args:
+        shards: sorted by path.
+        schema: of their records.
+    """
+
+    shards: Sequence[Shard]
+    schema: Schema
+
+    @cached_property
+    def page_sizes(self) -> Ints:
+        """[pages] samples of each page, of all shards."""
+        return np.concatenate([shard.page_sizes for shard in self.shards] or [np.zeros(0, np.int64)])
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.page_sizes.sum())
+
+    @property
+    def label_counts(self) -> Ints:
+        """[V] how often each token is a masked label."""
+        counts: Ints = np.sum([shard.label_counts for shard in self.shards], axis=0)
+        return counts
+
+    @property
+    def num_random_next(self) -> int:
+        """Samples whose second sentence is random (label 1)."""
+        return sum(shard.num_random_next for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """Of the content and its order, wherever the files lie."""
+        parts = [(shard.digest, shard.page_records[-1].item(), shard.skipped.tolist()) for shard in self.shards]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @cached_property
+    def _page_table(self) -> Ints:
+        """[pages, 2] the shard of each page, and the page within it."""
+        return np.concatenate(
+            [np.stack([np.full(len(s.page_sizes), i), np.arange(len(s.page_sizes))], 1) for i, s in enumerate(self.shards)]
+        )
+
+    def read(self, samples: Ints) -> Arrays:
+        """Read and decode samples, each page of theirs once, CRCs checked.
+
+        Args:
+            samples: [B] sample numbers, in any order.
+
+        Returns:
+            google-research/bert's feature names to [B, ...] arrays, in the order of `samples`.
+
+        Raises:
+            UserError: a file has changed since it was indexed.
+        """
+        ends = np.cumsum(self.page_sizes)
+        pages, page_of = np.unique(np.searchsorted(ends, samples, side="right"), return_inverse=True)
+        places = samples - (ends - self.page_sizes)[pages][page_of]
+        contents = self._read_pages(pages)
+        starts = np.cumsum([0, *(len(content["input_ids"]) for content in contents)])
+        rows = starts[page_of] + places
+        return {name: np.concatenate([content[name] for content in contents])[rows] for name in self.schema.empty(0)}
+
+    def _read_pages(self, pages: Ints) -> list[Arrays]:
+        """The good records of some pages."""
+        by_shard = itertools.groupby(self._page_table[pages].tolist(), key=lambda entry: entry[0])
+        contents: list[Arrays] = []
+        for number, entries in by_shard:
+            shard = self.shards[number]
+            with open_input(shard.data_path) as source:
+                contents += [_read_page(source, shard, page, self.schema) for _, page in entries]
+        return contents
+
+
+def _read_page(source: fs.NativeFile, shard: Shard, page: int, schema: Schema) -> Arrays:
+    start, stop = shard.page_offsets[page : page + 2].tolist()
+    first, last = shard.page_records[page : page + 2].tolist()
+    records = tfrecord.find_records(source.read_at(stop - start, start), first_record=first, first_offset=start)
+    arrays, is_good = tfrecord.decode(records.buffer, records.offsets, records.lengths, schema)
+    is_good &= records.is_intact
+    expected = ~np.isin(np.arange(first, last), shard.skipped)
+    if records.lost or not np.array_equal(is_good, expected):
+        raise UserError(
+            f"{shard.file.path}: records {first} to {last - 1} are not what they were when the file was indexed; restore "
+            "the file, or begin a new run on the changed one."
+        )
+    return {name: values[is_good] for name, values in arrays.items()} if len(shard.skipped) else arrays
+
+
+def check_shards(shards: Sequence[Shard], option: str, on_bad_record: str) -> None:
+    """Refuse damaged files, all their bad records in one message, and files without a sample.
+
+    Args:
+        shards: as indexed.
+        option: the setting that the files come from.
+        on_bad_record: "error" or "skip".
+
+    Raises:
+        UserError: naming file, record, byte offset, what was found and what was expected, for up to 20 bad records.
+    """
+    bad = [f"  {shard.file.path}: {record}" for shard in shards for record in shard.bad]
+    if bad and on_bad_record == "error":
+        more = f"\n  ... and more ({len(bad)} found so far)" if len(bad) > MAX_BAD_SHOWN else ""
+        raise UserError(
+            f"{option}: bad records:\n" + "\n".join(bad[:MAX_BAD_SHOWN]) + more + "\n"
+            "Restore or rewrite the files, correct the settings they are compared with, or leave bad records out with "
+            "--data.on_bad_record skip."
+        )
+    if not sum(int(shard.page_sizes.sum()) for shard in shards):
+        names = ", ".join(shard.file.path for shard in shards[:5])
+        raise UserError(f"{option}: no sample in {len(shards)} files ({names}); give TFRecord files that hold samples.")

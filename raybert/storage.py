@@ -1,0 +1,243 @@
+"""Where files are: local directories, s3:// and gs:// behind one small interface over pyarrow's filesystems."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import posixpath
+import re
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyarrow import fs
+
+from raybert.errors import UserError
+
+PACKAGE = "raybert://"  # files that ship with raybert, wherever each node has it
+_PACKAGE_PATH = Path(__file__).parent
+_GLOB = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was when it was listed; a changed file differs in size or modification time."""
+
+    path: str
+    size_bytes: int
+    modified_ns: int
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem behind a path or URI, and the path within it.
+
+    Raises:
+        UserError: the URI's scheme is unknown or its filesystem cannot be reached.
+    """
+    if uri.startswith(PACKAGE):
+        return fs.LocalFileSystem(), str(_PACKAGE_PATH / uri.removeprefix(PACKAGE))
+    if "://" not in uri:
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot open {uri!r}: {error}; give a local path, s3://bucket/... or gs://bucket/....") from error
+    return filesystem, path
+
+
+@contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """A file as a local path; a remote one is downloaded for the time of the context.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="raybert-") as temporary, filesystem.open_input_stream(path) as source:
+        local = Path(temporary) / posixpath.basename(path)
+        local.write_bytes(source.read())
+        yield local
+
+
+def open_input(uri: str) -> fs.FileSystem:
+    """A random access file, read only."""
+    filesystem, path = resolve(uri)
+    return filesystem.open_input_file(path)
+
+
+def find_files(patterns: str, option: str) -> list[File]:
+    """The files that comma-separated paths or globs name, sorted by path, each once.
+
+    Args:
+        patterns: paths or globs, separated by commas; local, s3:// or gs://.
+        option: the setting they come from, for messages.
+
+    Raises:
+        UserError: a pattern matches no file, or its storage cannot be read.
+    """
+    found: dict[str, File] = {}
+    for pattern in (part.strip() for part in patterns.split(",")):
+        if not pattern:
+            continue
+        files = list(_match(pattern, option))
+        if not files:
+            where = "" if "://" in pattern else f" (working directory: {Path.cwd()})"
+            raise UserError(f"{option}: {pattern!r} matches no file{where}; correct the path or the glob.")
+        found.update((file.path, file) for file in files)
+    return [found[path] for path in sorted(found)]
+
+
+def _match(pattern: str, option: str) -> Iterator[File]:
+    filesystem, path = resolve(pattern)
+    glob = _GLOB.search(path)
+    root = path[: glob.start()].rpartition("/")[0] if glob else path
+    try:
+        infos = filesystem.get_file_info(fs.FileSelector(root, recursive="/" in path[len(root) + 1 :])) if glob else [
+            filesystem.get_file_info(path)
+        ]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{option}: cannot list {pattern!r}: {error}; check the path and the credentials.") from error
+    depth = path.count("/")
+    for info in infos:
+        same_depth = info.path.count("/") == depth
+        if info.type == fs.FileType.File and (not glob or (same_depth and fnmatch.fnmatchcase(info.path, path))):
+            yield File(_uri(info.path, pattern), info.size, info.mtime_ns or 0)
+
+
+def _uri(path: str, like: str) -> str:
+    """The URI of a path in the filesystem that another URI is in."""
+    if like.startswith(PACKAGE):
+        return PACKAGE + str(Path(path).relative_to(_PACKAGE_PATH))
+    scheme, separator, _ = like.partition("://")
+    return f"{scheme}://{path}" if separator else path
+
+
+def absolute(uri: str) -> str:
+    """The same place, independent of the working directory."""
+    return uri if "://" in uri else resolve(uri)[1]
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory of the user's storage. Names are relative to it; object stores need no directories to exist."""
+
+    uri: str
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return resolve(self.uri)[0]
+
+    @property
+    def path(self) -> str:
+        """The path within `filesystem`."""
+        return resolve(self.uri)[1]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def __truediv__(self, name: str) -> Directory:
+        return Directory(f"{self.uri.rstrip('/')}/{name}")
+
+    def _at(self, name: str) -> str:
+        return posixpath.join(self.path, name)
+
+    def names(self) -> list[str]:
+        """Names of what the directory holds, sorted; nothing if it does not exist."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def exists(self, name: str) -> bool:
+        return bool(self.filesystem.get_file_info(self._at(name)).type != fs.FileType.NotFound)
+
+    def read(self, name: str) -> bytes:
+        """A file's content.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        with self.filesystem.open_input_file(self._at(name)) as file:
+            return bytes(file.read())
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a file's content, hexadecimal.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        sha256 = hashlib.sha256()
+        with self.filesystem.open_input_stream(self._at(name)) as file:
+            while chunk := file.read(8 << 20):
+                sha256.update(chunk)
+        return sha256.hexdigest()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file that is there whole or not at all (renamed into place locally; object stores put whole objects)."""
+        if self.is_local:
+            _write_local(Path(self._at(name)), content)
+            return
+        with self.filesystem.open_output_stream(self._at(name)) as file:
+            file.write(content)
+
+    def upload(self, name: str, source: Path) -> None:
+        """Copy a local file here under a name."""
+        if self.is_local and Path(self._at(name)).resolve() == source.resolve():
+            return
+        if self.is_local:
+            Path(self._at(name)).parent.mkdir(parents=True, exist_ok=True)
+        fs.copy_files(str(source), self._at(name), fs.LocalFileSystem(), self.filesystem)
+
+    def remove(self, name: str) -> None:
+        """Delete one file."""
+        self.filesystem.delete_file(self._at(name))
+
+    @contextmanager
+    def local(self) -> Iterator[Path]:
+        """The directory as a local path; the files of a remote one are downloaded for the time of the context."""
+        if self.is_local:
+            yield Path(self.path)
+            return
+        with tempfile.TemporaryDirectory(prefix="raybert-") as temporary:
+            for name in self.names():
+                (Path(temporary) / name).write_bytes(self.read(name))
+            yield Path(temporary)
+
+    def delete(self) -> None:
+        """Delete the directory and all it holds; nothing happens if it does not exist."""
+        if self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
+            self.filesystem.delete_dir(self.path)
+
+    def check_writable(self, option: str) -> None:
+        """Write, read back and delete a probe.
+
+        Raises:
+            UserError: the directory cannot be written; nothing is left behind.
+        """
+        probe = f".probe-{uuid.uuid4().hex}"
+        try:
+            self.write(probe, b"probe")
+            self.filesystem.delete_file(self._at(probe))
+        except OSError as error:
+            raise UserError(f"{option}: cannot write to {self.uri!r}: {error}; choose a directory that you may write to.") from error
+
+
+def _write_local(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
