@@ -1,0 +1,102 @@
+"""Which configurations make sense: single values, ranges and combinations. Pure; files are looked at elsewhere."""
+
+from __future__ import annotations
+
+import math
+import re
+from operator import attrgetter
+
+from raybert.config import Config
+from raybert.errors import UserError
+
+SMALLEST = {
+    "data.max_seq_length": 1,
+    "data.max_predictions_per_seq": 1,
+    "data.window_size": 1,
+    "training.num_steps": 1,
+    "training.global_batch_size": 1,
+    "training.micro_batch_size": 1,
+    "training.seed": 0,
+    "training.log_every_steps": 1,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep": 0,
+    "evaluation.every_steps": 0,
+    "evaluation.num_steps": 1,
+    "cluster.cpus_per_worker": 1,
+}
+POSITIVE_SECONDS = ("cluster.resize_check_s", "cluster.start_timeout_s", "cluster.collective_timeout_s")
+
+
+def check_config(config: Config) -> None:
+    """UserError at the first rule that is broken. The model and optimizer sections have checks of their own.
+
+    While bert_config_file still stands in for the model section, the position table is not compared: check again after
+    the file is read.
+    """
+    _check_paths(config)
+    for name, smallest in SMALLEST.items():
+        _check_smallest(name, attrgetter(name)(config), smallest)
+    for name in POSITIVE_SECONDS:
+        _check_seconds(name, attrgetter(name)(config))
+    _check_lengths(config)
+    _check_workers(config)
+
+
+def _check_paths(config: Config) -> None:
+    if not config.run_dir.strip():
+        raise UserError("run_dir must not be empty; name the directory that keeps the run, such as runs/first.")
+    if not config.data.input_files.strip(", "):
+        raise UserError(
+            "data.input_files must not be empty; name TFRecord files, as in --data.input_files 'data/*.tfrecord'; "
+            "or try the bundled sample: --config sample."
+        )
+
+
+def _check_smallest(name: str, value: int | None, smallest: int) -> None:
+    if value is not None and value < smallest:
+        raise UserError(f"{name} must be at least {smallest}, got {name}={value}; raise it.")
+
+
+def _check_seconds(name: str, value: float) -> None:
+    if not (0 < value < math.inf):
+        raise UserError(f"{name} must be a positive number of seconds, got {name}={value}; such as 60.")
+
+
+def _check_lengths(config: Config) -> None:
+    data = config.data
+    if data.max_predictions_per_seq > data.max_seq_length:
+        raise UserError(
+            f"data.max_predictions_per_seq must not exceed data.max_seq_length, got "
+            f"max_predictions_per_seq={data.max_predictions_per_seq} and max_seq_length={data.max_seq_length}; "
+            f"set both to what the files were made with."
+        )
+    positions = config.model.max_position_embeddings
+    if config.bert_config_file is None and data.max_seq_length > positions:
+        raise UserError(
+            f"data.max_seq_length must not exceed model.max_position_embeddings, got max_seq_length="
+            f"{data.max_seq_length} and max_position_embeddings={positions}; "
+            f"raise model.max_position_embeddings or use shorter samples."
+        )
+
+
+def _check_workers(config: Config) -> None:
+    workers = config.cluster.num_workers
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)?", str(workers)):
+        raise UserError(
+            f"cluster.num_workers must be a number or 'min,max', got {workers!r}; as in 2, or '1,4' (elastic)."
+        )
+    low, high = config.cluster.worker_range()
+    if low > high:
+        raise UserError(
+            f"cluster.num_workers must have min <= max, got min={low} and max={high}; write '{high},{low}'."
+        )
+    if low == 0 < high:
+        raise UserError(
+            f"cluster.num_workers may be 0 only alone (training in this process), got {workers!r}; write '1,{high}'."
+        )
+    if config.training.global_batch_size < high:
+        raise UserError(
+            f"training.global_batch_size must be at least the largest number of workers, got "
+            f"global_batch_size={config.training.global_batch_size} and cluster.num_workers={workers}; "
+            f"raise the batch size or lower the number of workers."
+        )
