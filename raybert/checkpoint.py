@@ -1,0 +1,332 @@
+"""Checkpoints: directories that hold all that a run is, at a step; complete or absent, verified on load, free of pickle.
+
+A checkpoint opens with transformers as it is (config.json, model.safetensors, the vocabulary). Beside these lie
+optimizer.safetensors, state.json and, written last, manifest.json with a digest of every other file: a directory without
+a manifest is not a checkpoint. It knows no world size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from raybert.config import ModelConfig
+from raybert.errors import UserError
+from raybert.history import StepRecord, check_newest, write_records
+from raybert.pretrained import save_pretrained
+from raybert.step import TrainState
+from raybert.storage import Directory
+
+CHECKPOINTS = "checkpoints"
+MANIFEST, STATE, OPTIMIZER, MODEL = "manifest.json", "state.json", "optimizer.safetensors", "model.safetensors"
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step-(\d{8})-attempt-(\d{4})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Args:
+        directory: where it is.
+        name: step-SSSSSSSS-attempt-AAAA.
+        step: global batches consumed.
+        state: content of state.json.
+    """
+
+    directory: Directory
+    name: str
+    step: int
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class HostCopy:
+    """The state of a run in host memory, so that training may go on while it is written."""
+
+    step: int
+    num_updates: int
+    model: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+    scaler: Mapping[str, Any]
+
+
+def checkpoint_name(step: int, attempt: int) -> str:
+    return f"step-{step:08d}-attempt-{attempt:04d}"
+
+
+def host_copy(state: TrainState) -> HostCopy:
+    """Copy the state to host memory."""
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    moments = {
+        f"{key}.{names[id(parameter)]}": value
+        for parameter, values in state.optimizer.state.items()
+        for key, value in values.items()
+    }
+    return HostCopy(
+        step=state.step,
+        num_updates=state.step - int(state.num_skipped),
+        model=_to_host(state.model.state_dict()),
+        optimizer=_to_host(moments),
+        scaler=state.scaler.state_dict(),
+    )
+
+
+def _to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def find_checkpoints(run: Directory) -> list[str]:
+    """Names of all checkpoint directories of a run, newest first, complete or not."""
+    names = [name for name in (run / CHECKPOINTS).names() if _NAME.fullmatch(name)]
+    return sorted(names, reverse=True)
+
+
+def newest_checkpoint(run: Directory, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest intact checkpoint of a run; damaged ones are passed over with a warning.
+
+    Raises:
+        OSError: the storage could not be read; never taken for "there is none".
+    """
+    for name in find_checkpoints(run):
+        directory = run / CHECKPOINTS / name
+        if not directory.exists(MANIFEST):
+            continue
+        damage = _damage(directory)
+        if damage is None:
+            return open_checkpoint(run, name)
+        warn(f"Checkpoint {directory.uri} is damaged ({damage}); falling back to the one before.")
+    return None
+
+
+def open_checkpoint(run: Directory, name: str) -> Checkpoint:
+    """A checkpoint that is known to be intact."""
+    directory = run / CHECKPOINTS / name
+    state = json.loads(directory.read(STATE))
+    return Checkpoint(directory, name, int(state["step"]), state)
+
+
+def _damage(directory: Directory) -> str | None:
+    """What is wrong with a checkpoint that has a manifest; None if it is intact."""
+    try:
+        manifest = json.loads(directory.read(MANIFEST))
+        files = manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} is unreadable: {error!r}"
+    for name, expected in files.items():
+        try:
+            found = directory.digest(name)
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if found != expected:
+            return f"{name} has digest {found[:12]}, expected {expected[:12]}"
+    return None
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def restore(checkpoint: Checkpoint, state: TrainState) -> None:
+    """Bring the state to where the checkpoint is.
+
+    Raises:
+        UserError: the checkpoint is of another model or optimizer; nothing was changed.
+    """
+    with checkpoint.directory.local() as path:
+        model, moments = load_file(path / MODEL), load_file(path / OPTIMIZER)
+    ours = {name: tuple(tensor.shape) for name, tensor in state.model.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.items()}
+    _check_same("model weights", ours, theirs, checkpoint)
+    _restore_moments(moments, state, checkpoint)
+    state.model.load_state_dict(model)
+    if checkpoint.state["scaler"] and state.scaler.is_enabled():
+        state.scaler.load_state_dict(dict(checkpoint.state["scaler"]))
+    state.step = checkpoint.step
+    state.num_skipped.fill_(checkpoint.step - int(checkpoint.state["num_updates"]))
+
+
+def _restore_moments(moments: Mapping[str, torch.Tensor], state: TrainState, checkpoint: Checkpoint) -> None:
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in moments.items():
+        kind, _, name = key.partition(".")
+        by_name.setdefault(name, {})[kind] = value
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    if by_name:
+        ours = {names[id(parameter)]: tuple(parameter.shape) for parameter in parameters}
+        theirs = {name: tuple(values["exp_avg"].shape) for name, values in by_name.items()}
+        _check_same("optimizer moments", ours, theirs, checkpoint)
+    states = {number: by_name[names[id(parameter)]] for number, parameter in enumerate(parameters) if by_name}
+    state.optimizer.load_state_dict({"state": states, "param_groups": state.optimizer.state_dict()["param_groups"]})
+
+
+def _check_same(what: str, ours: Mapping[str, object], theirs: Mapping[str, object], checkpoint: Checkpoint) -> None:
+    if ours == theirs:
+        return
+    name = next(name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name))
+    raise UserError(
+        f"{checkpoint.directory.uri}: {what} of another configuration: {name} is {theirs.get(name, 'absent')} there and "
+        f"{ours.get(name, 'absent')} in this run; train with the checkpoint's configuration or in another run_dir."
+    )
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes checkpoints of one attempt into a run directory.
+
+    Args:
+        run: the run directory.
+        attempt: number of the attempt; a newer one fences it.
+        model: architecture, for config.json.
+        vocab_file: local path of the vocabulary, if there is one.
+        identity: what a resumed run must agree on, for state.json.
+        keep: newest checkpoints to keep; 0 keeps all.
+    """
+
+    run: Directory
+    attempt: int
+    model: ModelConfig
+    vocab_file: Path | None
+    identity: Mapping[str, Any]
+    keep: int
+
+    def write(self, copy: HostCopy, parent: str | None, records: Sequence[StepRecord]) -> str:
+        """Write a checkpoint with the records it commits, then delete those beyond `keep`; returns its name.
+
+        Raises:
+            FencedError: a newer attempt owns the run; the checkpoint stays incomplete.
+            OSError: the storage failed; likewise.
+        """
+        name = checkpoint_name(copy.step, self.attempt)
+        directory = self.run / CHECKPOINTS / name
+        write_records(self.run, name, parent, records)
+        with self._staging(directory) as path:
+            self._write_files(path, copy, parent)
+            files = {file.name: _digest(file) for file in sorted(path.iterdir()) if file.name != MANIFEST}
+            for file in files:
+                directory.upload(file, path / file)
+        check_newest(self.run, self.attempt)
+        manifest = {"format_version": FORMAT_VERSION, "step": copy.step, "attempt": self.attempt, "files": files}
+        directory.write(MANIFEST, json.dumps(manifest, indent=1).encode())
+        self._prune(name)
+        return name
+
+    @contextmanager
+    def _staging(self, directory: Directory) -> Iterator[Path]:
+        """Where files are made before they count: in place on a local run directory, else a temporary directory."""
+        if directory.is_local:
+            path = Path(directory.path)
+            path.mkdir(parents=True, exist_ok=True)
+            yield path
+            return
+        with tempfile.TemporaryDirectory(prefix="raybert-") as temporary:
+            yield Path(temporary)
+
+    def _write_files(self, path: Path, copy: HostCopy, parent: str | None) -> None:
+        save_pretrained(path, dict(copy.model), self.model, self.vocab_file)
+        save_file(dict(copy.optimizer), path / OPTIMIZER)
+        state = {
+            "format_version": FORMAT_VERSION,
+            "step": copy.step,
+            "num_updates": copy.num_updates,
+            "attempt": self.attempt,
+            "parent": parent,
+            "scaler": dict(copy.scaler),
+            "identity": dict(self.identity),
+        }
+        (path / STATE).write_text(json.dumps(state, indent=1))
+        for file in path.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+    def _prune(self, newest: str) -> None:
+        """Delete what lies behind the newest checkpoint: complete ones beyond `keep`, and incomplete ones."""
+        names = [name for name in find_checkpoints(self.run) if name <= newest]
+        complete = [name for name in names if (self.run / CHECKPOINTS / name).exists(MANIFEST)]
+        doomed = complete[self.keep :] if self.keep else []
+        for name in [*doomed, *(name for name in names if name not in complete)]:
+            directory = self.run / CHECKPOINTS / name
+            if directory.exists(MANIFEST):  # the manifest goes first: half a deletion must not look like a checkpoint
+                directory.remove(MANIFEST)
+            directory.delete()
+
+
+class Saver:
+    """Saves in the background: a save costs the host copy, and at most one write is pending.
+
+    A storage that fails only delays the commit: the records wait for the next checkpoint, and training goes on.
+    """
+
+    def __init__(self, writer: Writer, parent: str | None, committed: Callable[[str], None], warn: Callable[[str], None]) -> None:
+        """Args:
+        writer: of this attempt.
+        parent: checkpoint that the attempt began from.
+        committed: told each new checkpoint's name, from the background thread.
+        warn: told what delays a commit.
+        """
+        self._writer, self._parent = writer, parent
+        self._committed, self._warn = committed, warn
+        self._records: list[StepRecord] = []
+        self._thread = threading.Thread(target=lambda: None)
+        self._error: Exception | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a write is pending."""
+        return self._thread.is_alive()
+
+    def save(self, state: TrainState, records: Sequence[StepRecord]) -> None:
+        """Copy the state and write it behind the next steps; while a write is pending, only keep the records.
+
+        Raises:
+            FencedError: a newer attempt owns the run.
+        """
+        self._records += records
+        if self.is_busy:
+            self._warn(f"Checkpoint at step {state.step} left out: the one before is still being written.")
+            return
+        self._raise_unless_storage()
+        self._thread = threading.Thread(target=self._write, args=(host_copy(state), list(self._records)), name="checkpoint")
+        self._thread.start()
+
+    def finish(self, state: TrainState, records: Sequence[StepRecord]) -> None:
+        """Save once more and wait until the checkpoint is complete.
+
+        Raises:
+            FencedError: a newer attempt owns the run.
+            OSError: the storage failed.
+        """
+        self._thread.join()
+        self.save(state, records)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, copy: HostCopy, records: Sequence[StepRecord]) -> None:
+        self._error = None
+        try:
+            self._parent = self._writer.write(copy, self._parent, records)
+        except Exception as error:
+            self._error = error
+            self._warn(f"Checkpoint at step {copy.step} could not be written: {error}")
+            return
+        del self._records[: len(records)]
+        self._committed(self._parent)
+
+    def _raise_unless_storage(self) -> None:
+        if self._error is not None and not isinstance(self._error, OSError):
+            raise self._error

@@ -1,0 +1,131 @@
+"""The Ray cluster of a run: this machine's own Ray or the one that RAY_ADDRESS names, and whether it is large enough."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from raybert.config import ClusterConfig
+from raybert.errors import UserError
+
+LOCAL_FEED_CPUS = 2  # logical CPUs beyond the workers', for the feed's tasks
+ENVIRONMENT = {
+    # Ray Train's defaults wait long; RAY.md of every deployment says what each does.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+}
+MALLOC = {
+    # glibc gives large tensors back to the system at every free; keeping them makes a CPU step up to 1.7 times as fast.
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a live node has."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+@contextmanager
+def connected(config: ClusterConfig, verbose: bool) -> Iterator[None]:
+    """Ray for the time of the context: RAY_ADDRESS's cluster, or an own local one that ends with it.
+
+    Raises:
+        UserError: the cluster that RAY_ADDRESS names cannot be reached.
+    """
+    for name, value in {**ENVIRONMENT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.start_timeout_s)}.items():
+        os.environ.setdefault(name, value)
+    _quiet(verbose)
+    settings: dict[str, Any] = {
+        "runtime_env": {"env_vars": MALLOC},
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+    }
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(**settings)
+        except (ConnectionError, RuntimeError) as error:
+            raise UserError(
+                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: {error}; start one with `ray start --head`, "
+                "correct RAY_ADDRESS, or unset it to train on this machine alone."
+            ) from error
+    else:
+        # "local": a stale record of another cluster on this machine must not be joined.
+        num_cpus = config.worker_range()[1] * config.cpus_per_worker + LOCAL_FEED_CPUS
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **settings)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet(verbose: bool) -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train", "ray._private"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def live_nodes() -> list[Node]:
+    """The nodes that are alive now."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(found.get("CPU", 0), found.get("GPU", 0)) for found in resources]
+
+
+def may_grow() -> bool:
+    """Whether an autoscaler may add nodes."""
+    config = ray._private.state.state.get_cluster_config()
+    return config is not None and bool(config.node_group_configs)
+
+
+def check_capacity(config: ClusterConfig) -> None:
+    """Refuse a cluster that is too small and has no autoscaler; see `check_nodes`."""
+    if not may_grow():
+        check_nodes(live_nodes(), config)
+
+
+def check_nodes(nodes: Sequence[Node], config: ClusterConfig) -> None:
+    """Refuse nodes that can never run the workers, or whose workers would leave no CPU for the feed.
+
+    Args:
+        nodes: all that the cluster will have.
+        config: what the run asks for.
+
+    Raises:
+        UserError: with what is asked for, what there is, and the remedy.
+    """
+    low, high = config.worker_range()
+    fitting = sum(_fitting(node, config) for node in nodes)
+    num_cpus, num_gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
+    needs = f"{config.cpus_per_worker} CPU" + (" and 1 GPU" if config.use_gpu else "")
+    has = f"the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs on {len(nodes)} nodes, room for {fitting} workers"
+    if fitting < low:
+        raise UserError(
+            f"cluster.num_workers={config.num_workers} needs at least {low} workers of {needs} each, but {has}; "
+            f"lower cluster.num_workers, or add nodes."
+        )
+    num_workers = min(high, fitting)
+    if num_cpus - num_workers * config.cpus_per_worker < 1:
+        raise UserError(
+            f"cluster.num_workers={config.num_workers} at {needs} each takes every CPU, but the feed needs one of its own: "
+            f"{has}; lower cluster.num_workers or cluster.cpus_per_worker, or add CPUs."
+        )
+
+
+def _fitting(node: Node, config: ClusterConfig) -> int:
+    by_cpu = int(node.num_cpus // config.cpus_per_worker)
+    return min(by_cpu, int(node.num_gpus)) if config.use_gpu else by_cpu

@@ -1,0 +1,201 @@
+"""The feed: windows of the sample order become rank blocks, and blocks become each rank's batches, checked on arrival.
+
+A block is a table of one rank's slices of k consecutive steps. Ray Data carries blocks between the two halves (`ingest`);
+in one process they are joined directly, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raybert.index import Index
+from raybert.order import SampleOrder, Samples, rank_slice
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+POSITION, SAMPLE, STEP_WEIGHT = "position", "sample", "step_weight"
+MIN_BLOCK_ROWS = 4096  # smaller blocks cost the splitter more than they carry
+MAX_TASKS = 10_000  # read tasks of one execution; more of them delay the first batch
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One rank's slice of a global batch.
+
+    Args:
+        step: whose global batch it is.
+        features: google-research/bert's feature names to [B, ...] arrays.
+        positions: [B] positions in the run.
+        samples: [B] samples of the index.
+        global_weight: sum of `masked_lm_weights` over the global batch.
+    """
+
+    step: int
+    features: Arrays
+    positions: Samples
+    samples: Samples
+    global_weight: float
+
+
+class FeedError(RuntimeError):
+    """What arrived at a rank is not what the sample order says: a defect of ours or a file that changed."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a window is cut into blocks for a world size; absolute steps, so that a resume cuts alike.
+
+    Args:
+        order: the sample order.
+        world_size: number of ranks.
+        start_step, num_steps: the steps that are still to be trained are [start_step, num_steps).
+    """
+
+    order: SampleOrder
+    world_size: int
+    start_step: int
+    num_steps: int
+
+    @property
+    def slice_rows(self) -> int:
+        """Rows of every rank slice; shorter ones are padded with weight-0 rows."""
+        return -(-self.order.global_batch_size // self.world_size)
+
+    @property
+    def block_steps(self) -> int:
+        """k: steps of one block; a power of two that divides K."""
+        wanted = -(-MIN_BLOCK_ROWS // self.slice_rows)
+        return min(self.order.window_steps, 1 << (wanted - 1).bit_length())
+
+    @property
+    def block_rows(self) -> int:
+        return self.block_steps * self.slice_rows
+
+    @property
+    def windows(self) -> range:
+        """The windows that hold steps still to be trained."""
+        size = self.order.window_steps
+        return range(self.start_step // size, -(-self.num_steps // size))
+
+    def groups(self, window: int) -> range:
+        """First steps of the window's k-step groups that hold steps still to be trained."""
+        size, k = self.order.window_steps, self.block_steps
+        first = max(window * size, self.start_step // k * k)
+        return range(first, min((window + 1) * size, self.num_steps), k)
+
+
+def window_blocks(window: int, layout: Layout, index: Index) -> Iterator[pa.Table]:
+    """Read a window once and give its blocks: group after group, each as one block of every rank, in rank order."""
+    groups = layout.groups(window)
+    if not groups:
+        return
+    order, k = layout.order, layout.block_steps
+    batch_size, first_step = order.global_batch_size, window * order.window_steps
+    start, stop = (groups[0] - first_step) * batch_size, (groups[-1] + k - first_step) * batch_size
+    samples = order.window(window)[start:stop]
+    features = index.read(samples)
+    weights = features["masked_lm_weights"].reshape(-1, batch_size * features["masked_lm_weights"].shape[1])
+    columns: Arrays = {
+        **features,
+        POSITION: np.arange(len(samples)) + groups[0] * batch_size,
+        SAMPLE: samples,
+        STEP_WEIGHT: np.repeat(weights.sum(axis=1, dtype=np.float64), batch_size),
+    }
+    for group in range(len(groups)):
+        steps = np.arange(group * k, (group + 1) * k)[:, None] * batch_size
+        for rank in range(layout.world_size):
+            mine = rank_slice(batch_size, rank, layout.world_size)
+            rows = (steps + np.arange(mine.start, mine.stop)).ravel()
+            yield _table({name: _pad(column[rows], k, layout.slice_rows) for name, column in columns.items()})
+
+
+def _pad(column: npt.NDArray[np.generic], num_steps: int, slice_rows: int) -> npt.NDArray[np.generic]:
+    """Every step's slice brought to `slice_rows` rows with zeros."""
+    slices = column.reshape(num_steps, -1, *column.shape[1:])
+    missing = slice_rows - slices.shape[1]
+    if not missing:
+        return column
+    widths = [(0, 0), (0, missing)] + [(0, 0)] * (slices.ndim - 2)
+    return np.pad(slices, widths).reshape(num_steps * slice_rows, *column.shape[1:])
+
+
+def _table(columns: Arrays) -> pa.Table:
+    return pa.table({name: _column(values) for name, values in columns.items()})
+
+
+def _column(values: npt.NDArray[np.generic]) -> pa.Array:
+    flat = pa.array(np.ascontiguousarray(values).ravel())
+    return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _array(column: pa.ChunkedArray) -> npt.NDArray[np.generic]:
+    whole = column.combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):  # no chunk at all
+        whole = pa.concat_arrays(whole.chunks)
+    if isinstance(whole.type, pa.FixedSizeListType):
+        return np.asarray(whole.flatten()).reshape(len(whole), whole.type.list_size)
+    return np.asarray(whole)
+
+
+def rank_batches(blocks: Iterable[pa.Table], layout: Layout, rank: int) -> Iterator[RankBatch]:
+    """One rank's batches of the steps [start_step, num_steps), each checked against the sample order.
+
+    Args:
+        blocks: the rank's blocks as they arrive.
+        layout: how they were cut.
+        rank: whose they are.
+
+    Raises:
+        FeedError: a block is missing, too many, or holds other samples than the order says.
+    """
+    step = layout.start_step // layout.block_steps * layout.block_steps
+    mine = rank_slice(layout.order.global_batch_size, rank, layout.world_size)
+    for block in blocks:
+        columns = {name: _array(block[name]) for name in block.column_names}
+        if len(columns[SAMPLE]) != layout.block_rows:
+            raise FeedError(f"rank {rank}, step {step}: a block of {len(columns[SAMPLE])} rows, expected {layout.block_rows}")
+        for first_row in range(0, layout.block_rows, layout.slice_rows):
+            if layout.start_step <= step < layout.num_steps:
+                rows = slice(first_row, first_row + mine.stop - mine.start)
+                batch = _rank_batch(step, {name: column[rows] for name, column in columns.items()})
+                _check_arrival(batch, layout.order, mine, rank)
+                yield batch
+            step += 1
+    if step < layout.num_steps:
+        raise FeedError(f"rank {rank}: the feed ended at step {step} of {layout.num_steps}")
+
+
+def _rank_batch(step: int, columns: Arrays) -> RankBatch:
+    meta = {POSITION, SAMPLE, STEP_WEIGHT}
+    return RankBatch(
+        step=step,
+        features={name: column for name, column in columns.items() if name not in meta},
+        positions=columns[POSITION].astype(np.int64, copy=False),
+        samples=columns[SAMPLE].astype(np.int64, copy=False),
+        global_weight=float(columns[STEP_WEIGHT][0]),
+    )
+
+
+def _check_arrival(batch: RankBatch, order: SampleOrder, mine: slice, rank: int) -> None:
+    positions, samples = order.positions(batch.step)[mine], order.global_batch(batch.step)[mine]
+    if not np.array_equal(batch.positions, positions) or not np.array_equal(batch.samples, samples):
+        raise FeedError(
+            f"rank {rank}, step {batch.step}: expected samples {samples[:8]} at positions {positions[0]} to {positions[-1]}, "
+            f"but samples {batch.samples[:8]} at positions {batch.positions[0]} to {batch.positions[-1]} arrived"
+        )
+
+
+def local_batches(layout: Layout, index: Index, rank: int = 0) -> Iterator[RankBatch]:
+    """A rank's batches, read in this process."""
+    blocks = (
+        block
+        for window in layout.windows
+        for number, block in enumerate(window_blocks(window, layout, index))
+        if number % layout.world_size == rank
+    )
+    return rank_batches(blocks, layout, rank)

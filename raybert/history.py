@@ -1,0 +1,131 @@
+"""The history of a run: which attempts there were, and which samples each committed step was trained on.
+
+Attempts are numbered files; the newest number owns the run, and an older attempt that wakes up may not commit any more.
+Steps are recorded by what arrived at each rank, and each checkpoint commits the records since the one before (its parent),
+so the effective history is what the newest checkpoint reaches through its parents. What no checkpoint carries is not history.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from raybert.order import Samples
+from raybert.storage import Directory
+
+ATTEMPTS, RECORDS = "attempts", "history"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One life of the worker group.
+
+    Args:
+        number: from 1.
+        world_size: number of workers.
+        start_step: first step it trains.
+        checkpoint: name of the checkpoint it began from; None at the beginning of a run.
+        started_at: ISO 8601, UTC.
+    """
+
+    number: int
+    world_size: int
+    start_step: int
+    checkpoint: str | None
+    started_at: str
+
+
+class FencedError(RuntimeError):
+    """A newer attempt owns the run: this one must not write any more."""
+
+
+def newest_attempt(run: Directory) -> int:
+    """Number of the newest attempt, 0 if there was none."""
+    names = (run / ATTEMPTS).names()
+    return max((int(name.removesuffix(".json")) for name in names if name.endswith(".json")), default=0)
+
+
+def begin_attempt(run: Directory, world_size: int, start_step: int, checkpoint: str | None) -> Attempt:
+    """Record a new attempt, which fences all older ones."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    attempt = Attempt(newest_attempt(run) + 1, world_size, start_step, checkpoint, now)
+    (run / ATTEMPTS).write(f"{attempt.number:04d}.json", json.dumps(asdict(attempt)).encode())
+    return attempt
+
+
+def read_attempts(run: Directory) -> list[Attempt]:
+    """Every attempt of the run, oldest first."""
+    folder = run / ATTEMPTS
+    return [Attempt(**json.loads(folder.read(name))) for name in folder.names() if name.endswith(".json")]
+
+
+def check_newest(run: Directory, attempt: int) -> None:
+    """Raises:
+    FencedError: another attempt has begun since.
+    """
+    newest = newest_attempt(run)
+    if newest != attempt:
+        raise FencedError(f"attempt {attempt} may not write: attempt {newest} owns the run {run.uri}")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What arrived at one rank for one step: positions [first, stop) of the run, and a checksum of the samples."""
+
+    first: int
+    stop: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step that was consumed.
+
+    Args:
+        step: its number.
+        attempt: that trained it.
+        arrivals: what arrived, by rank.
+        skipped: why the update was skipped; None if it was made.
+    """
+
+    step: int
+    attempt: int
+    arrivals: tuple[Arrival, ...]
+    skipped: str | None = None
+
+
+def samples_checksum(samples: Samples) -> int:
+    """CRC-32 of [B] sample numbers as little-endian int64."""
+    return zlib.crc32(samples.astype("<i8").tobytes())
+
+
+def to_lines(records: Sequence[StepRecord], parent: str | None) -> bytes:
+    """JSON lines: the parent checkpoint's name, then a line a step."""
+    lines = [json.dumps({"parent": parent})]
+    for record in records:
+        row = {"step": record.step, "attempt": record.attempt, "arrivals": [[a.first, a.stop, a.checksum] for a in record.arrivals]}
+        lines.append(json.dumps(row | ({"skipped": record.skipped} if record.skipped else {})))
+    return "\n".join(lines).encode() + b"\n"
+
+
+def write_records(run: Directory, checkpoint: str, parent: str | None, records: Sequence[StepRecord]) -> None:
+    """Store the records that a checkpoint commits; they count once the checkpoint is complete."""
+    (run / RECORDS).write(f"{checkpoint}.jsonl", to_lines(records, parent))
+
+
+def read_history(run: Directory, checkpoint: str | None) -> list[StepRecord]:
+    """The effective history that ends in a checkpoint, oldest step first."""
+    chain: list[list[StepRecord]] = []
+    while checkpoint is not None:
+        header, *lines = (run / RECORDS).read(f"{checkpoint}.jsonl").decode().splitlines()
+        chain.append([_record(json.loads(line)) for line in lines])
+        checkpoint = json.loads(header)["parent"]
+    return [record for records in reversed(chain) for record in records]
+
+
+def _record(row: dict[str, object]) -> StepRecord:
+    arrivals = tuple(Arrival(*arrival) for arrival in row["arrivals"])  # type: ignore[attr-defined]
+    return StepRecord(int(str(row["step"])), int(str(row["attempt"])), arrivals, row.get("skipped"))  # type: ignore[arg-type]

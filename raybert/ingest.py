@@ -1,0 +1,110 @@
+"""Ray Data between the two halves of the feed: windows are read by tasks anywhere, blocks arrive at ranks in order.
+
+With `preserve_order` the splitter gives block i to rank i % world_size, always; `rank_batches` checks that it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pyarrow as pa
+import ray
+from ray.data import DataContext, DataIterator, Dataset, Datasource, ExecutionOptions, ReadTask
+from ray.data.block import BlockMetadata
+from ray.train import DataConfig
+
+from raybert.feed import MAX_TASKS, Layout, window_blocks
+from raybert.history import Attempt
+from raybert.index import Index
+from raybert.order import SampleOrder
+
+TRAIN = "train"
+
+
+class WindowSource(Datasource):
+    """The windows of a layout; a read task reads one window, or some when there would be too many tasks."""
+
+    def __init__(self, layout: Layout, index: ray.ObjectRef[Index]) -> None:
+        super().__init__()
+        self._layout = layout
+        self._index = index
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
+        """One task for every `windows_per_task` windows; `parallelism` does not matter here."""
+        windows = self._layout.windows
+        size = windows_per_task(len(windows))
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
+        return [
+            ReadTask(_read_fn(windows[first : first + size], self._layout, self._index), metadata)
+            for first in range(0, len(windows), size)
+        ]
+
+
+def windows_per_task(num_windows: int) -> int:
+    return max(1, -(-num_windows // MAX_TASKS))
+
+
+def _read_fn(windows: range, layout: Layout, index: ray.ObjectRef[Index]) -> Callable[[], Iterator[pa.Table]]:
+    def read() -> Iterator[pa.Table]:
+        content = ray.get(index)
+        for window in windows:
+            yield from window_blocks(window, layout, content)
+
+    return read
+
+
+def split(layout: Layout, index: ray.ObjectRef[Index]) -> list[DataIterator]:
+    """One iterator a rank over its blocks, in order."""
+    source = WindowSource(layout, index)
+    num_tasks = max(1, -(-len(layout.windows) // windows_per_task(len(layout.windows))))
+    dataset: Dataset = ray.data.read_datasource(source, override_num_blocks=num_tasks)
+    dataset = dataset.repartition(target_num_rows_per_block=layout.block_rows, strict=True)
+    dataset.context.execution_options = ExecutionOptions(preserve_order=True)
+    return list(dataset.streaming_split(layout.world_size, equal=True))
+
+
+class AttemptConfig(DataConfig):
+    """Where every attempt begins: runs anew for each worker group, and alone decides the step and the checkpoint.
+
+    The decision reaches the workers as the attribute `attempt` of their iterators.
+    """
+
+    def __init__(self, order: SampleOrder, index: ray.ObjectRef[Index], num_steps: int, begin: Callable[[int], Attempt]) -> None:
+        """Args:
+        order: of the run.
+        index: of the training files, in the object store.
+        num_steps: of the run.
+        begin: records a new attempt for a world size and says where it starts.
+        """
+        super().__init__()
+        self._order, self._index, self._num_steps, self._begin = order, index, num_steps, begin
+
+    def configure(self, datasets: dict[str, Dataset], world_size: int, *_: object, **__: object) -> list[dict[str, DataIterator]]:
+        """A new attempt, and its iterators by rank."""
+        quiet_data()
+        attempt = self._begin(world_size)
+        layout = Layout(self._order, world_size, attempt.start_step, self._num_steps)
+        iterators = split(layout, self._index)
+        for iterator in iterators:
+            iterator.attempt = attempt  # type: ignore[attr-defined]
+        return [dict.fromkeys(datasets, iterator) for iterator in iterators]
+
+
+def placeholder() -> Dataset:
+    """What stands for the training data until an attempt is configured: `DataConfig` needs a dataset to configure."""
+    return ray.data.range(1)
+
+
+def blocks(iterator: DataIterator) -> Iterator[pa.Table]:
+    """A rank's blocks as they arrive, the next one fetched ahead."""
+    yield from iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+
+def quiet_data() -> None:
+    """Ray Data without progress bars."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

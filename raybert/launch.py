@@ -1,0 +1,305 @@
+"""The driver: indices, attempts through Ray Train, and what the user sees of them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raybert import cluster, ingest, preflight
+from raybert.checkpoint import Checkpoint, newest_checkpoint
+from raybert.config import Config
+from raybert.config_file import config_to_yaml
+from raybert.display import Display
+from raybert.errors import UserError
+from raybert.evaluate import unigram_loss
+from raybert.events import Event
+from raybert.index import Index, Shard, check_shards, index_shard
+from raybert.storage import Directory, File, find_files, local_file, open_input
+from raybert.telemetry import EVAL, read_metrics
+from raybert.tfrecord import compression
+from raybert.worker import VOCABULARY, Begin, Job, train_worker
+
+CONFIG, SKIPPED, INDEX, BASELINES = "config.yaml", "skipped_records.json", "index", "baselines.json"
+POLL_S = 0.3
+MAX_BAD_RECORDS = 20  # after so many, a file that is refused is not read on
+RAISED_LIMIT, DIED_LIMIT = 3, 10  # equal failures at one step that end a run: raised by code, or with a dead worker
+
+
+def run(config: Config, verbose: bool = False) -> int:
+    """Pretrain, or continue the run found in run_dir, and return the exit code.
+
+    Raises:
+        UserError: something the user can mend; the run, if there is one, can be resumed.
+    """
+    config = preflight.resolve(config)
+    run_dir = Directory(config.run_dir)
+    run_dir.check_writable("run_dir")
+    with Display(config.training.num_steps) as display:
+        try:
+            return _run(config, run_dir, display, verbose)
+        except KeyboardInterrupt:
+            display.line(f"Interrupted; the same command resumes the run in {run_dir.uri}.")
+            return 130
+
+
+def _run(config: Config, run_dir: Directory, display: Display, verbose: bool) -> int:
+    checkpoint = preflight.existing_run(run_dir, config, display.warn)
+    if checkpoint is not None and checkpoint.step >= config.training.num_steps:
+        display.line(f"The run in {run_dir.uri} is complete: step {checkpoint.step} of {config.training.num_steps}.")
+    else:
+        _say_where_weights_come_from(config, checkpoint, display)
+        files = find_files(config.data.input_files, "data.input_files")
+        held_out = find_files(config.evaluation.input_files, "evaluation.input_files")
+        if config.cluster.worker_range()[1] == 0:
+            _train(config, run_dir, files, held_out, display)
+        else:
+            with cluster.connected(config.cluster, verbose):
+                cluster.check_capacity(config.cluster)
+                _train(config, run_dir, files, held_out, display)
+    _print_result(run_dir, config, display)
+    return 0
+
+
+def _say_where_weights_come_from(config: Config, checkpoint: Checkpoint | None, display: Display) -> None:
+    source = config.training.init_checkpoint
+    if source is not None and checkpoint is not None:
+        display.line(f"The run in {config.run_dir} goes on from step {checkpoint.step}; init_checkpoint is not used.")
+    elif source is not None:
+        display.line(f"Initial weights from {source}: {preflight.check_initial_weights(config)}")
+
+
+def _train(config: Config, run_dir: Directory, files: Sequence[File], held_out: Sequence[File], display: Display) -> None:
+    """Index, check, and run attempts until the last step."""
+    index = _index(files, "data.input_files", config, run_dir, display)
+    evaluation = _index(held_out, "evaluation.input_files", config, run_dir, display) if held_out else None
+    preflight.check_tokens(config, index)
+    identity = {**preflight.identity(config), "data": index.digest}
+    checkpoint = newest_checkpoint(run_dir, lambda _: None)
+    if checkpoint is not None:
+        preflight.check_identity(checkpoint, identity)
+    _write_settings(config, run_dir, index, evaluation)
+    job = Job(config, run_dir, preflight.sample_order(config, index), index, evaluation, identity, display.show)
+    if config.cluster.worker_range()[1] == 0:
+        _fit_here(job)
+    else:
+        _fit(job, display)
+
+
+def _index(files: Sequence[File], option: str, config: Config, run_dir: Directory, display: Display) -> Index:
+    """The index of some files, built where it is not cached, with a progress bar.
+
+    Raises:
+        UserError: a file is damaged or does not fit the configuration, or there is no sample.
+    """
+    _announce_copies(files, run_dir, display)
+    skip = config.data.on_bad_record == "skip"
+    schema, cache = preflight.schema(config), run_dir / INDEX
+    build = partial(index_shard, schema=schema, cache=cache, max_bad=None if skip else MAX_BAD_RECORDS)
+    shards = sorted(display.track(_built(build, files), f"indexing {option}", len(files)), key=lambda shard: shard.file.path)
+    check_shards(shards, option, config.data.on_bad_record)
+    for shard in shards:
+        if not shard.page_records[-1] and not shard.bad:
+            display.warn(f"{option}: {shard.file.path} holds no record.")
+    if skip:
+        _list_skipped(shards, option, run_dir, display)
+    return Index(shards, schema)
+
+
+def _built(build: Any, files: Sequence[File]) -> Iterator[Shard]:
+    """Shards as they are ready: by Ray tasks, or one after the other without Ray."""
+    if not ray.is_initialized():
+        yield from map(build, files)
+        return
+    pending = [ray.remote(build.func).remote(file, **build.keywords) for file in files]
+    while pending:
+        ready, pending = ray.wait(pending, num_returns=1)
+        try:
+            yield ray.get(ready[0])
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, UserError) else error) from error
+
+
+def _announce_copies(files: Sequence[File], run_dir: Directory, display: Display) -> None:
+    def is_compressed(file: File) -> bool:
+        with open_input(file.path) as source:
+            return bool(compression(source.read(64)))
+
+    with ThreadPoolExecutor(16) as pool:
+        sizes = [file.size_bytes for file, compressed in zip(files, pool.map(is_compressed, files), strict=True) if compressed]
+    if sizes:
+        display.line(
+            f"{len(sizes)} compressed files ({sum(sizes) / 1e6:,.1f} MB) have no random access: each is copied once, "
+            f"decompressed (3 to 6 times as large), into {(run_dir / INDEX).uri}."
+        )
+
+
+def _list_skipped(shards: Sequence[Shard], option: str, run_dir: Directory, display: Display) -> None:
+    """Say and record which records are left out."""
+    skipped = {shard.file.path: [str(record) for record in shard.bad] for shard in shards if shard.bad}
+    if skipped:
+        count = sum(map(len, skipped.values()))
+        display.warn(f"{option}: {count} bad records in {len(skipped)} files are left out; {SKIPPED} in the run directory lists them.")
+        known = json.loads(run_dir.read(SKIPPED)) if run_dir.exists(SKIPPED) else {}
+        run_dir.write(SKIPPED, json.dumps(known | {option: skipped}, indent=1).encode())
+
+
+def _write_settings(config: Config, run_dir: Directory, index: Index, evaluation: Index | None) -> None:
+    """Put beside the run what it was started with."""
+    run_dir.write(CONFIG, config_to_yaml(config).encode())
+    if config.data.vocab_file is not None:
+        with local_file(config.data.vocab_file) as path:
+            run_dir.write(VOCABULARY, path.read_bytes())
+    if evaluation is not None:
+        random_next = evaluation.num_random_next / evaluation.num_samples
+        baselines = {
+            "unigram_mlm_loss": unigram_loss(index.label_counts, evaluation.label_counts),
+            "majority_next_sentence_accuracy": max(random_next, 1 - random_next),
+        }
+        run_dir.write(BASELINES, json.dumps(baselines).encode())
+
+
+def _fit_here(job: Job) -> None:
+    """Ray Train's local mode: one process, no actors."""
+    TorchTrainer(partial(train_worker, job), scaling_config=ScalingConfig(num_workers=0)).fit()
+
+
+@ray.remote(num_cpus=0)
+class Inbox:
+    """Events on their way from the workers to the driver."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+
+@dataclass(frozen=True)
+class Post:
+    """Sends events to an inbox, without waiting."""
+
+    inbox: Any
+
+    def __call__(self, event: Event) -> None:
+        self.inbox.put.remote(event)
+
+
+def _fit(job: Job, display: Display) -> None:
+    """Run attempts on the cluster and show their events until the last step.
+
+    Raises:
+        UserError: what a worker could not do for the user's sake, or a crash loop.
+    """
+    inbox = Inbox.remote()
+    outcome: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            _trainer(job, Post(inbox)).fit()
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    # Not in the main thread: there Ray Train takes over Ctrl-C.
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        for event in ray.get(inbox.take.remote()):
+            display.show(event)
+    for event in ray.get(inbox.take.remote()):
+        display.show(event)
+    if outcome[0] is not None:
+        raise _cause(outcome[0])
+
+
+def _trainer(job: Job, post: Post) -> TorchTrainer:
+    config = job.config
+    low, high = config.cluster.worker_range()
+    index = ray.put(job.index)
+    evaluation = None if job.evaluation is None else ray.put(job.evaluation)
+    remote = Job(config, job.run, job.order, index, evaluation, job.identity, post)
+    run_dir = Directory(config.run_dir)
+    return TorchTrainer(
+        partial(train_worker, remote),
+        torch_config=TorchConfig(timeout_s=int(config.cluster.collective_timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=config.cluster.use_gpu,
+            resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if config.cluster.use_gpu else {})},
+            elastic_resize_monitor_interval_s=config.cluster.resize_check_s,
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=run_dir.path,
+            storage_filesystem=run_dir.filesystem,
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[StopRetrying()],
+        ),
+        datasets={ingest.TRAIN: ingest.placeholder()},
+        dataset_config=ingest.AttemptConfig(job.order, index, config.training.num_steps, Begin(job.run, post)),
+    )
+
+
+@dataclass
+class StopRetrying(UserCallback):
+    """Ends the run where another attempt would fail alike: our own errors at once, others in a crash loop.
+
+    Runs in Ray Train's controller, which ends a run when a callback raises.
+    """
+
+    newest: tuple[str, ...] = ()
+    count: int = field(default=0)
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        """Raises:
+        UserError: the run is not to be retried.
+        """
+        causes = [_cause(error) for _, error in sorted(worker_exceptions.items())]
+        for cause in causes:
+            if isinstance(cause, UserError):
+                raise cause
+        died = any(isinstance(cause, RayActorError) for cause in causes)
+        raised = [cause for cause in causes if not isinstance(cause, RayActorError)]
+        steps = [note for cause in raised for note in getattr(cause, "__notes__", [])]
+        failure = (*steps[:1], "a worker died" if died else f"{type(raised[0]).__name__}: {raised[0]}")
+        self.count = self.count + 1 if failure == self.newest else 1
+        self.newest = failure
+        if steps and self.count >= (DIED_LIMIT if died else RAISED_LIMIT):
+            raise UserError(f"The run failed {self.count} times alike, {' with '.join(failure)}. Its checkpoints are intact.")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What was raised, out of the wrappers of Ray and Ray Train."""
+    if isinstance(error, ControllerError):
+        return _cause(error.controller_failure)
+    if isinstance(error, RayTaskError) and error.cause is not None:
+        return _cause(error.cause)
+    inner = getattr(error, "_base_exc", None)  # Ray Train's wrapper of a worker's exception has no public name for it
+    return error if inner is None else _cause(inner)
+
+
+def _print_result(run_dir: Directory, config: Config, display: Display) -> None:
+    """Where the run stands: held-out metrics beside what guessing reaches, the checkpoint, and how to open it."""
+    checkpoint = newest_checkpoint(run_dir, display.warn)
+    assert checkpoint is not None
+    evaluations = [row for row in read_metrics(run_dir) if row["kind"] == EVAL]
+    if evaluations and run_dir.exists(BASELINES):
+        display.held_out(evaluations[-1], json.loads(run_dir.read(BASELINES)))
+    display.line(f"Checkpoint: {checkpoint.directory.uri}")
+    display.line("Open it with transformers:")
+    display.line(f'  BertForPreTraining.from_pretrained("{checkpoint.directory.uri}")')

@@ -1,0 +1,155 @@
+"""Before a run: what a user can get wrong is checked here, in the driver, before a single worker starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from raybert.checkpoint import Checkpoint, newest_checkpoint
+from raybert.checks import check_config
+from raybert.config import Config
+from raybert.errors import UserError
+from raybert.index import Index
+from raybert.model import BertForPreTraining, check_model_config
+from raybert.optim import check_optimizer_config
+from raybert.order import SampleOrder, steps_per_window
+from raybert.pretrained import check_vocabulary, load_pretrained, read_bert_config, read_vocabulary
+from raybert.storage import Directory, absolute, local_file
+from raybert.tfrecord import Schema
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with the files that it names read and checked, and every path absolute.
+
+    Raises:
+        UserError: a value, a combination of values or a file is wrong.
+    """
+    check_config(config)
+    if config.bert_config_file is not None:
+        with local_file(config.bert_config_file) as path:
+            config = replace(config, model=read_bert_config(path), bert_config_file=None)
+        check_config(config)
+    check_model_config(config.model)
+    check_optimizer_config(config.optimizer, config.training.num_steps)
+    data, training = config.data, config.training
+    if data.vocab_file is not None:
+        data = replace(data, vocab_file=absolute(data.vocab_file))
+        read_tokens(data.vocab_file, config)
+    if training.init_checkpoint is not None:
+        training = replace(training, init_checkpoint=_initial_weights(training.init_checkpoint))
+    return replace(config, run_dir=absolute(config.run_dir), data=data, training=training)
+
+
+def read_tokens(vocab_file: str, config: Config) -> list[str]:
+    """The vocabulary's tokens by id.
+
+    Raises:
+        UserError: it is absent, unreadable or not the model's.
+    """
+    try:
+        with local_file(vocab_file) as path:
+            check_vocabulary(path, config.model)
+            return read_vocabulary(path)
+    except FileNotFoundError as error:
+        raise UserError(f"data.vocab_file: {error}; correct the path.") from error
+
+
+def _initial_weights(path: str) -> str:
+    """A directory of weights; of a run directory, its newest checkpoint."""
+    directory = Directory(absolute(path))
+    if directory.exists("config.json"):
+        return directory.uri
+    checkpoint = newest_checkpoint(directory, lambda _: None)
+    if checkpoint is None:
+        raise UserError(
+            f"training.init_checkpoint: {path!r} holds neither a config.json nor a run with a checkpoint; give a "
+            "transformers directory, a raybert checkpoint or a run directory."
+        )
+    return checkpoint.directory.uri
+
+
+def check_initial_weights(config: Config) -> str:
+    """Load init_checkpoint once and say what of it fits.
+
+    Raises:
+        UserError: it does not fit the model.
+    """
+    assert config.training.init_checkpoint is not None
+    with Directory(config.training.init_checkpoint).local() as path:
+        return str(load_pretrained(BertForPreTraining(config.model), path))
+
+
+def schema(config: Config) -> Schema:
+    """What each sample must look like."""
+    data, model = config.data, config.model
+    return Schema(data.max_seq_length, data.max_predictions_per_seq, model.vocab_size, model.type_vocab_size)
+
+
+def sample_order(config: Config, index: Index) -> SampleOrder:
+    """The sample order of the run."""
+    size = config.training.global_batch_size
+    return SampleOrder(index.page_sizes, config.training.seed, size, steps_per_window(config.data.window_size, size))
+
+
+def check_tokens(config: Config, index: Index) -> None:
+    """Refuse samples that were made with another vocabulary: every sample begins with [CLS].
+
+    Raises:
+        UserError: naming the ids that differ.
+    """
+    if config.data.vocab_file is None:
+        return
+    expected = read_tokens(config.data.vocab_file, config).index("[CLS]")
+    first = index.read(np.arange(min(64, index.num_samples)))["input_ids"][:, 0]
+    if (first != expected).any():
+        found = int(first[first != expected][0])
+        raise UserError(
+            f"data.vocab_file: [CLS] is token {expected} in {config.data.vocab_file}, but samples of "
+            f"{index.shards[0].file.path} begin with token {found}; give the vocabulary that the files were made with."
+        )
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What a run must keep, so that its checkpoints and its sample order stay the same run's."""
+    training = config.training
+    return {
+        **{f"model.{name}": value for name, value in asdict(config.model).items()},
+        "optimizer.type": config.optimizer.type,
+        "training.seed": training.seed,
+        "training.global_batch_size": training.global_batch_size,
+        "training.use_next_sentence_label": training.use_next_sentence_label,
+        "data.max_seq_length": config.data.max_seq_length,
+        "data.max_predictions_per_seq": config.data.max_predictions_per_seq,
+        "data.window_size": config.data.window_size,
+    }
+
+
+def existing_run(run: Directory, config: Config, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that the run in run_dir goes on from, if there is one.
+
+    Raises:
+        UserError: it belongs to another configuration.
+    """
+    checkpoint = newest_checkpoint(run, warn)
+    if checkpoint is not None:
+        check_identity(checkpoint, identity(config))
+    return checkpoint
+
+
+def check_identity(checkpoint: Checkpoint, ours: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run under another identity.
+
+    Raises:
+        UserError: naming each setting that differs, with both values.
+    """
+    theirs = checkpoint.state["identity"]
+    differing = [f"  {name}: {theirs.get(name)!r} there, {value!r} now" for name, value in ours.items() if theirs.get(name) != value]
+    if differing:
+        raise UserError(
+            f"run_dir: the run to continue, {checkpoint.directory.uri}, has another configuration:\n"
+            + "\n".join(differing)
+            + "\nGive its values back, or begin another run with another run_dir."
+        )

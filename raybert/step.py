@@ -1,0 +1,141 @@
+"""One training step: micro-batches to gradients, clip, update."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from raybert.batch import MicroBatch, micro_batches
+from raybert.config import ModelConfig, OptimizerConfig, TrainingConfig
+from raybert.feed import RankBatch
+from raybert.loss import Sums, mlm_sums, nsp_sums, total_loss
+from raybert.model import BertForPreTraining
+from raybert.optim import build_optimizer, clip_gradients, learning_rate
+from raybert.order import rank_slice
+from raybert.world import World, without_sync
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class TrainState:
+    """All that a run is, at a step.
+
+    Args:
+        model: the weights, fp32.
+        parallel: the model, averaging gradients over ranks.
+        optimizer: its moments.
+        scaler: of fp16's loss; does nothing in other precisions.
+        step: global batches consumed; position, epoch, learning rate and random numbers follow from it.
+        num_skipped: 0-d int64 on the device, steps whose update was skipped.
+    """
+
+    model: BertForPreTraining
+    parallel: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int
+    num_skipped: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one rank knows of a step; tensors stay on the device.
+
+    Args:
+        sums: loss and accuracy sums of this rank's slice.
+        grad_norm: 0-d, norm of the global gradient before clipping.
+        skipped: 0-d bool, whether the update was skipped.
+        num_tokens: real tokens of this rank's slice.
+    """
+
+    sums: Sums
+    grad_norm: torch.Tensor
+    skipped: torch.Tensor
+    num_tokens: int
+
+
+def create_state(model: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig, world: World) -> TrainState:
+    """The state at step 0, with weights that depend on the seed alone."""
+    torch.manual_seed(training.seed)
+    bert = BertForPreTraining(model, training.use_next_sentence_label).to(world.device)
+    return TrainState(
+        model=bert,
+        parallel=world.wrap(bert),
+        optimizer=build_optimizer(bert, optimizer),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=training.precision == "fp16"),
+        step=0,
+        num_skipped=torch.zeros((), dtype=torch.int64, device=world.device),
+    )
+
+
+def train_step(state: TrainState, batch: RankBatch, training: TrainingConfig, optimizer: OptimizerConfig, world: World) -> StepResult:
+    """Consume one global batch: gradients of all its samples, one clip, one update."""
+    sums = _backward(state, batch, training, world)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, optimizer, training.num_steps)
+    state.scaler.unscale_(state.optimizer)
+    grad_norm = clip_gradients(state.model.parameters(), optimizer.max_grad_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    skipped = ~torch.isfinite(grad_norm) if state.scaler.is_enabled() else torch.zeros_like(grad_norm, dtype=torch.bool)
+    state.num_skipped += skipped
+    state.step += 1
+    return StepResult(sums, grad_norm, skipped, int(batch.features["input_mask"].sum()))
+
+
+def _backward(state: TrainState, batch: RankBatch, training: TrainingConfig, world: World) -> Sums:
+    """Accumulate the gradients of this rank's slice; the last micro-batch averages them over ranks."""
+    place = rank_slice(training.global_batch_size, world.rank, world.size).start
+    parts = list(micro_batches(batch.features, training.micro_batch_size))
+    total = Sums.zero(world.device)
+    for number, (start, part) in enumerate(parts):
+        # Random numbers belong to the place in the global batch, so that nothing random has to be saved.
+        torch.manual_seed(_random_seed(training.seed, batch.step, place + start))
+        last = number == len(parts) - 1
+        with nullcontext() if last else without_sync(state.parallel):
+            with autocast(training, world):
+                sums = forward(state.parallel, part.to(world.device))
+            loss = total_loss(sums, batch.global_weight, training.global_batch_size, world.size)
+            state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        total += sums.detach()
+    return total
+
+
+def forward(model: nn.Module, batch: MicroBatch) -> Sums:
+    """Loss and accuracy sums of a micro-batch."""
+    mlm_logits, nsp_logits = model(batch.input_ids, batch.input_mask, batch.segment_ids, batch.masked_positions)
+    mlm = mlm_sums(mlm_logits, batch.masked_labels, batch.masked_weights)
+    return Sums.of(mlm, None if nsp_logits is None else nsp_sums(nsp_logits, batch.next_sentence_labels))
+
+
+def autocast(training: TrainingConfig, world: World) -> AbstractContextManager[object]:
+    """Mixed precision as configured."""
+    if training.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(world.device.type, AUTOCAST[training.precision])
+
+
+def settle_buckets(state: TrainState, seq_length: int, training: TrainingConfig, world: World) -> None:
+    """Run one forward and backward whose gradients are thrown away.
+
+    DDP regroups its gradients after the first backward, which changes the order of summation at three or more ranks.
+    Done here, before the first step of every attempt, a resumed run sums as the uninterrupted one does.
+    """
+    if world.size == 1:
+        return
+    ids, zero = torch.zeros(1, seq_length, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    batch = MicroBatch(ids, ids == 0, ids, zero, zero, torch.ones(1), zero)
+    with autocast(training, world):
+        sums = forward(state.parallel, batch.to(world.device))
+    total_loss(sums, 1, 1).backward()  # type: ignore[no-untyped-call]
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def _random_seed(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))

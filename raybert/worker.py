@@ -1,0 +1,174 @@
+"""What each worker runs: build, restore, train. With `num_workers: 0` the driver itself runs it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import get_device
+
+from raybert import ingest
+from raybert.checkpoint import Saver, Writer, newest_checkpoint, open_checkpoint, restore
+from raybert.config import Config
+from raybert.evaluate import evaluate
+from raybert.events import Event, Tell
+from raybert.feed import Layout, RankBatch, local_batches, rank_batches
+from raybert.history import Attempt, StepRecord, begin_attempt
+from raybert.index import Index
+from raybert.loop import train
+from raybert.order import SampleOrder
+from raybert.pretrained import load_pretrained
+from raybert.step import TrainState, create_state, settle_buckets
+from raybert.storage import Directory
+from raybert.telemetry import EVAL, TRAIN, Telemetry, training_summary
+from raybert.world import World
+
+VOCABULARY = "vocab.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker.
+
+    Args:
+        config: resolved; every path absolute.
+        run: the run directory.
+        order: of the training samples.
+        index, evaluation: of the training and held-out files, or references to them in the object store.
+        identity: what a resumed run must agree on.
+        tell: takes events to the driver.
+    """
+
+    config: Config
+    run: Directory
+    order: SampleOrder
+    index: Any
+    evaluation: Any
+    identity: Mapping[str, Any]
+    tell: Tell
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Begins attempts of a run at its newest intact checkpoint; the one decision about where to start."""
+
+    run: Directory
+    tell: Tell
+
+    def __call__(self, world_size: int) -> Attempt:
+        checkpoint = newest_checkpoint(self.run, lambda text: self.tell(Event("warning", text=text)))
+        step, name = (checkpoint.step, checkpoint.name) if checkpoint else (0, None)
+        attempt = begin_attempt(self.run, world_size, step, name)
+        metrics = {"number": attempt.number, "world_size": world_size}
+        self.tell(Event("attempt", step, name or "", metrics))
+        return attempt
+
+
+def train_worker(job: Job) -> None:
+    """Train this rank's part of an attempt, from its checkpoint to the last step."""
+    torch.set_num_threads(job.config.cluster.cpus_per_worker)
+    world, attempt, batches = _join(job)
+    state = create_state(job.config.model, job.config.training, job.config.optimizer, world)
+    _initialize(state, job, attempt)
+    settle_buckets(state, job.config.data.max_seq_length, job.config.training, world)
+    with tempfile.TemporaryDirectory(prefix="raybert-") as scratch:
+        recorder = Recorder(job, attempt, Path(scratch)) if world.is_first else None
+        try:
+            result = train(state, batches, job.config, world, attempt.number, _evaluator(job, state, world), recorder)
+        except Exception as error:
+            error.add_note(f"at step {state.step}")
+            raise
+        if recorder:
+            recorder.finish(state, result.records, result.train, result.evaluation)
+
+
+def _join(job: Job) -> tuple[World, Attempt, Iterator[RankBatch]]:
+    """This rank's world, the attempt it belongs to, and its batches."""
+    num_steps = job.config.training.num_steps
+    if job.config.cluster.worker_range()[1] == 0:
+        world, attempt = World(), Begin(job.run, job.tell)(1)
+        return world, attempt, local_batches(Layout(job.order, 1, attempt.start_step, num_steps), job.index)
+    world = World.current(get_device())
+    iterator = ray.train.get_dataset_shard(ingest.TRAIN)
+    attempt = iterator.attempt  # type: ignore[attr-defined]
+    layout = Layout(job.order, world.size, attempt.start_step, num_steps)
+    return world, attempt, rank_batches(ingest.blocks(iterator), layout, world.rank)
+
+
+def _initialize(state: TrainState, job: Job, attempt: Attempt) -> None:
+    """The weights that the attempt begins from."""
+    if attempt.checkpoint is not None:
+        restore(open_checkpoint(job.run, attempt.checkpoint), state)
+    elif job.config.training.init_checkpoint is not None:
+        with Directory(job.config.training.init_checkpoint).local() as path:
+            load_pretrained(state.model, path)
+
+
+def _evaluator(job: Job, state: TrainState, world: World) -> Callable[[], dict[str, float]] | None:
+    if job.evaluation is None:
+        return None
+    index: Index = ray.get(job.evaluation) if isinstance(job.evaluation, ray.ObjectRef) else job.evaluation
+    config = job.config
+    return lambda: evaluate(state.model, index, config.evaluation.num_steps, config.training, world)
+
+
+class Recorder:
+    """Rank 0's observer of the loop: metrics, checkpoints and events."""
+
+    def __init__(self, job: Job, attempt: Attempt, scratch: Path) -> None:
+        """Args:
+        job: of the run.
+        attempt: that this worker belongs to.
+        scratch: a local directory that lives as long as this.
+        """
+        self._tell, self._num_steps = job.tell, job.config.training.num_steps
+        self._telemetry = Telemetry(job.run, attempt.start_step, scratch)
+        vocab_file = _local_vocabulary(job.run, scratch)
+        writer = Writer(job.run, attempt.number, job.config.model, vocab_file, job.identity, job.config.checkpoint.keep)
+        self._saver = Saver(writer, attempt.checkpoint, self._committed, self._warn)
+
+    def train_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log training metrics."""
+        self._telemetry.log(TRAIN, step, metrics)
+        self._tell(Event("train", step, metrics=metrics))
+
+    def eval_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log held-out metrics."""
+        self._telemetry.log(EVAL, step, metrics)
+        self._tell(Event("eval", step, metrics=metrics))
+
+    def save(self, state: TrainState, records: list[StepRecord]) -> None:
+        """Save a checkpoint behind the next steps."""
+        self._telemetry.sync()
+        self._saver.save(state, records)
+
+    def finish(
+        self,
+        state: TrainState,
+        records: list[StepRecord],
+        train_metrics: Mapping[str, float],
+        eval_metrics: Mapping[str, float] | None,
+    ) -> None:
+        """Save the last checkpoint and the training summary."""
+        self._telemetry.finish(training_summary(self._num_steps, train_metrics, eval_metrics))
+        self._saver.finish(state, records)
+
+    def _committed(self, name: str) -> None:
+        self._tell(Event("checkpoint", text=name))
+
+    def _warn(self, text: str) -> None:
+        self._tell(Event("warning", text=text))
+
+
+def _local_vocabulary(run: Directory, scratch: Path) -> Path | None:
+    """The run's vocabulary as a local file, if it has one."""
+    if not run.exists(VOCABULARY):
+        return None
+    (scratch / VOCABULARY).write_bytes(run.read(VOCABULARY))
+    return scratch / VOCABULARY

@@ -1,0 +1,67 @@
+"""The world: this rank among all ranks. The only module that knows torch.distributed."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """Ranks that train together.
+
+    Args:
+        rank: of this process, from 0.
+        size: number of ranks; at 1 no process group is needed.
+        device: this rank's.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def current(cls, device: torch.device) -> World:
+        """The initialised process group, or a world of one."""
+        if not dist.is_initialized():
+            return cls(device=device)
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes checkpoints and metrics."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all ranks; a new tensor."""
+        total = values.clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """[size, ...] a tensor of the same shape from every rank, in rank order."""
+        if self.size == 1:
+            return values[None]
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values)
+        return torch.stack(parts)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over ranks in every backward; the model itself in a world of one."""
+        if self.size == 1:
+            return model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def without_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Backward without averaging over ranks, for all micro-batches of a step but the last."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()  # type: ignore[no-any-return]
+    return nullcontext()
