@@ -1,8 +1,8 @@
-"""Checkpoints: directories that hold all that a run is, at a step; complete or absent, verified on load, free of pickle.
+"""Checkpoints: directories that hold all that a run is, at a step; complete or absent, verified on load, no pickle.
 
 A checkpoint opens with transformers as it is (config.json, model.safetensors, the vocabulary). Beside these lie
-optimizer.safetensors, state.json and, written last, manifest.json with a digest of every other file: a directory without
-a manifest is not a checkpoint. It knows no world size.
+optimizer.safetensors, state.json and, written last, manifest.json with a digest of every other file: a directory
+without a manifest is not a checkpoint. It knows no world size.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def _check_same(what: str, ours: Mapping[str, object], theirs: Mapping[str, obje
         return
     name = next(name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name))
     raise UserError(
-        f"{checkpoint.directory.uri}: {what} of another configuration: {name} is {theirs.get(name, 'absent')} there and "
-        f"{ours.get(name, 'absent')} in this run; train with the checkpoint's configuration or in another run_dir."
+        f"{checkpoint.directory.uri}: {what} of another configuration: {name} is {theirs.get(name, 'absent')} there "
+        f"and {ours.get(name, 'absent')} in this run; train with the checkpoint's configuration or in another run_dir."
     )
 
 
@@ -271,7 +271,9 @@ class Saver:
     A storage that fails only delays the commit: the records wait for the next checkpoint, and training goes on.
     """
 
-    def __init__(self, writer: Writer, parent: str | None, committed: Callable[[str], None], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, writer: Writer, parent: str | None, committed: Callable[[str], None], warn: Callable[[str], None]
+    ) -> None:
         """Args:
         writer: of this attempt.
         parent: checkpoint that the attempt began from.
@@ -300,7 +302,8 @@ class Saver:
             self._warn(f"Checkpoint at step {state.step} left out: the one before is still being written.")
             return
         self._raise_unless_storage()
-        self._thread = threading.Thread(target=self._write, args=(host_copy(state), list(self._records)), name="checkpoint")
+        arguments = (host_copy(state), list(self._records))
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
 
     def finish(self, state: TrainState, records: Sequence[StepRecord]) -> None:

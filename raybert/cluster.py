@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: this machine's own Ray or the one that RAY_ADDRESS names, and whether it is large enough."""
+"""The Ray cluster of a run: its own local one or that of RAY_ADDRESS, and whether it is large enough."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def connected(config: ClusterConfig, verbose: bool) -> Iterator[None]:
             ray.init(**settings)
         except (ConnectionError, RuntimeError) as error:
             raise UserError(
-                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: {error}; start one with `ray start --head`, "
-                "correct RAY_ADDRESS, or unset it to train on this machine alone."
+                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: {error}; start one with "
+                "`ray start --head`, correct RAY_ADDRESS, or unset it to train on this machine alone."
             ) from error
     else:
         # "local": a stale record of another cluster on this machine must not be joined.
@@ -121,8 +121,8 @@ def check_nodes(nodes: Sequence[Node], config: ClusterConfig) -> None:
     num_workers = min(high, fitting)
     if num_cpus - num_workers * config.cpus_per_worker < 1:
         raise UserError(
-            f"cluster.num_workers={config.num_workers} at {needs} each takes every CPU, but the feed needs one of its own: "
-            f"{has}; lower cluster.num_workers or cluster.cpus_per_worker, or add CPUs."
+            f"cluster.num_workers={config.num_workers} at {needs} each takes every CPU, but the feed needs one of its "
+            f"own: {has}; lower cluster.num_workers or cluster.cpus_per_worker, or add CPUs."
         )
 
 

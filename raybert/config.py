@@ -21,7 +21,7 @@ class DataConfig:
     on_bad_record: Literal["error", "skip"] = "error"
     """What to do with damaged records: refuse to train, or leave them out, counted and listed in the run directory."""
     window_size: int = 32768
-    """Samples that are shuffled among each other; pages of about 256 neighbouring records are shuffled over the whole epoch."""
+    """Samples shuffled among each other; pages of 256 neighbouring records are shuffled over the whole epoch."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ModelConfig:
     intermediate_size: int = 3072
     """Width F of the feed-forward layer."""
     hidden_act: str = "gelu"
-    """Activation, by transformers' names: gelu (erf), gelu_new or gelu_pytorch_tanh (Model Garden's), relu, silu, ..."""
+    """Activation, by transformers' names: gelu (erf), gelu_new (tanh form, Model Garden's), relu, silu, ..."""
     hidden_dropout_prob: float = 0.1
     """Dropout after embeddings and sub-layers."""
     attention_probs_dropout_prob: float = 0.1
@@ -61,7 +61,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-4
     """Peak learning rate, reached at the end of the warm-up."""
     end_lr: float = 0.0
-    """Learning rate at the last step, reached linearly."""
+    """Learning rate after the last step, approached linearly."""
     warmup_steps: int = 0
     """Steps of linear warm-up; below num_steps."""
     weight_decay: float = 0.01
@@ -91,7 +91,7 @@ class TrainingConfig:
     use_next_sentence_label: bool = True
     """Train next sentence prediction too; false is masked LM only."""
     init_checkpoint: str | None = None
-    """Weights to begin from: a transformers directory or a raybert checkpoint. An existing run in run_dir wins over it."""
+    """Initial weights: a transformers directory, a raybert checkpoint or run. A run found in run_dir wins over it."""
     seed: int = 12345
     """Seed of initial weights, sample order and dropout."""
     log_every_steps: int = 10

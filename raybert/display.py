@@ -116,7 +116,8 @@ def progress_line(step: int, num_steps: int, metrics: Mapping[str, float], left_
 
 def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
     """One line of held-out metrics."""
-    line = f"held-out at step {step}: mlm loss {metrics['lm_example_loss']:.3f}  mlm acc {metrics['masked_lm_accuracy']:.3f}"
+    line = f"held-out at step {step}: mlm loss {metrics['lm_example_loss']:.3f}"
+    line += f"  mlm acc {metrics['masked_lm_accuracy']:.3f}"
     if "next_sentence_accuracy" in metrics:
         line += f"  nsp loss {metrics['next_sentence_loss']:.3f}  nsp acc {metrics['next_sentence_accuracy']:.3f}"
     return line

@@ -4,5 +4,5 @@
 class UserError(Exception):
     """Something the user can mend: the message names the rule, the value, the place and the remedy.
 
-    The command line shows only its message (exit code 1); any other exception is a defect of ours and keeps its traceback.
+    The command line shows only its message (exit code 1); any other exception is our defect and keeps its traceback.
     """

@@ -19,7 +19,9 @@ READ_SAMPLES = 4096
 
 
 @torch.no_grad()
-def evaluate(model: BertForPreTraining, index: Index, num_steps: int | None, training: TrainingConfig, world: World) -> dict[str, float]:
+def evaluate(
+    model: BertForPreTraining, index: Index, num_steps: int | None, training: TrainingConfig, world: World
+) -> dict[str, float]:
     """Masked LM and next sentence metrics, by Model Garden's names, on every rank.
 
     Args:
@@ -29,7 +31,8 @@ def evaluate(model: BertForPreTraining, index: Index, num_steps: int | None, tra
         training: micro-batch size and precision.
         world: ranks that share the work, each a contiguous part.
     """
-    num_samples = index.num_samples if num_steps is None else min(index.num_samples, num_steps * training.global_batch_size)
+    limit = index.num_samples if num_steps is None else num_steps * training.global_batch_size
+    num_samples = min(index.num_samples, limit)
     start, stop = num_samples * world.rank // world.size, num_samples * (world.rank + 1) // world.size
     was_training = model.training
     model.eval()

@@ -1,7 +1,7 @@
-"""The feed: windows of the sample order become rank blocks, and blocks become each rank's batches, checked on arrival.
+"""The feed: windows of the sample order become rank blocks; blocks become each rank's batches, checked on arrival.
 
-A block is a table of one rank's slices of k consecutive steps. Ray Data carries blocks between the two halves (`ingest`);
-in one process they are joined directly, with the same result.
+A block is a table of one rank's slices of k consecutive steps. Ray Data carries blocks between the two halves
+(`ingest`); in one process they are joined directly, with the same result.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def rank_batches(blocks: Iterable[pa.Table], layout: Layout, rank: int) -> Itera
     for block in blocks:
         columns = {name: _array(block[name]) for name in block.column_names}
         if len(columns[SAMPLE]) != layout.block_rows:
-            raise FeedError(f"rank {rank}, step {step}: a block of {len(columns[SAMPLE])} rows, expected {layout.block_rows}")
+            found, expected = len(columns[SAMPLE]), layout.block_rows
+            raise FeedError(f"rank {rank}, step {step}: a block of {found} rows arrived, expected {expected}")
         for first_row in range(0, layout.block_rows, layout.slice_rows):
             if layout.start_step <= step < layout.num_steps:
                 rows = slice(first_row, first_row + mine.stop - mine.start)
@@ -185,8 +186,9 @@ def _check_arrival(batch: RankBatch, order: SampleOrder, mine: slice, rank: int)
     positions, samples = order.positions(batch.step)[mine], order.global_batch(batch.step)[mine]
     if not np.array_equal(batch.positions, positions) or not np.array_equal(batch.samples, samples):
         raise FeedError(
-            f"rank {rank}, step {batch.step}: expected samples {samples[:8]} at positions {positions[0]} to {positions[-1]}, "
-            f"but samples {batch.samples[:8]} at positions {batch.positions[0]} to {batch.positions[-1]} arrived"
+            f"rank {rank}, step {batch.step}: expected samples {samples[:8]}... at positions {positions[0]} to "
+            f"{positions[-1]}, but samples {batch.samples[:8]}... at positions {batch.positions[0]} to "
+            f"{batch.positions[-1]} arrived"
         )
 
 

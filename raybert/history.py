@@ -1,8 +1,9 @@
 """The history of a run: which attempts there were, and which samples each committed step was trained on.
 
-Attempts are numbered files; the newest number owns the run, and an older attempt that wakes up may not commit any more.
-Steps are recorded by what arrived at each rank, and each checkpoint commits the records since the one before (its parent),
-so the effective history is what the newest checkpoint reaches through its parents. What no checkpoint carries is not history.
+Attempts are numbered files; the newest number owns the run, and an older attempt that wakes up may not commit any
+more. Steps are recorded by what arrived at each rank, and each checkpoint commits the records since the one before (its
+parent), so the effective history is what the newest checkpoint reaches through its parents. What no checkpoint carries
+is not history.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def to_lines(records: Sequence[StepRecord], parent: str | None) -> bytes:
     """JSON lines: the parent checkpoint's name, then a line a step."""
     lines = [json.dumps({"parent": parent})]
     for record in records:
-        row = {"step": record.step, "attempt": record.attempt, "arrivals": [[a.first, a.stop, a.checksum] for a in record.arrivals]}
+        arrivals = [[arrival.first, arrival.stop, arrival.checksum] for arrival in record.arrivals]
+        row = {"step": record.step, "attempt": record.attempt, "arrivals": arrivals}
         lines.append(json.dumps(row | ({"skipped": record.skipped} if record.skipped else {})))
     return "\n".join(lines).encode() + b"\n"
 

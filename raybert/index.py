@@ -129,8 +129,9 @@ def _scan(file: File, data_path: str, pieces: Iterable[bytes], schema: Schema, m
         bad += itertools.islice(tfrecord.bad_records(records, is_good, schema), max_bad)
         is_good &= records.is_intact
         first = -records.first_record % PAGE_RECORDS  # pages begin at multiples of PAGE_RECORDS
-        pages += [(records.first_record + i, int(records.frame_offsets[i])) for i in range(first, len(records), PAGE_RECORDS)]
-        labels = arrays["masked_lm_ids"][is_good][arrays["masked_lm_weights"][is_good] > 0]
+        frames = records.frame_offsets.tolist()
+        pages += [(records.first_record + i, frames[i]) for i in range(first, len(records), PAGE_RECORDS)]
+        labels = arrays["masked_lm_ids"][is_good][arrays["masked_lm_weights"][is_good] != 0]
         label_counts += np.bincount(labels, minlength=schema.vocab_size)
         num_random_next += int(arrays["next_sentence_labels"][is_good].sum())
         checksums.update(records.crcs.astype("<u4").tobytes())
@@ -215,9 +216,9 @@ class Index:
     @cached_property
     def _page_table(self) -> Ints:
         """[pages, 2] the shard of each page, and the page within it."""
-        return np.concatenate(
-            [np.stack([np.full(len(s.page_sizes), i), np.arange(len(s.page_sizes))], 1) for i, s in enumerate(self.shards)]
-        )
+        counts = [len(shard.page_sizes) for shard in self.shards]
+        pages = np.concatenate([np.arange(count) for count in counts])
+        return np.stack([np.repeat(np.arange(len(counts)), counts), pages], axis=1)
 
     def read(self, samples: Ints) -> Arrays:
         """Read and decode samples, each page of theirs once, CRCs checked.
@@ -259,8 +260,8 @@ def _read_page(source: fs.NativeFile, shard: Shard, page: int, schema: Schema) -
     expected = ~np.isin(np.arange(first, last), shard.skipped)
     if records.lost or not np.array_equal(is_good, expected):
         raise UserError(
-            f"{shard.file.path}: records {first} to {last - 1} are not what they were when the file was indexed; restore "
-            "the file, or begin a new run on the changed one."
+            f"{shard.file.path}: records {first} to {last - 1} are not what they were when the file was indexed; "
+            "restore the file, or begin a new run on the changed one."
         )
     return {name: values[is_good] for name, values in arrays.items()} if len(shard.skipped) else arrays
 

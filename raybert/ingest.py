@@ -6,6 +6,7 @@ With `preserve_order` the splitter gives block i to rank i % world_size, always;
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -32,8 +33,8 @@ class WindowSource(Datasource):
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
-    def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
-        """One task for every `windows_per_task` windows; `parallelism` does not matter here."""
+    def get_read_tasks(self, *_: object, **__: object) -> list[ReadTask]:
+        """One task for every `windows_per_task` windows, whatever parallelism Ray would like."""
         windows = self._layout.windows
         size = windows_per_task(len(windows))
         metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
@@ -72,7 +73,9 @@ class AttemptConfig(DataConfig):
     The decision reaches the workers as the attribute `attempt` of their iterators.
     """
 
-    def __init__(self, order: SampleOrder, index: ray.ObjectRef[Index], num_steps: int, begin: Callable[[int], Attempt]) -> None:
+    def __init__(
+        self, order: SampleOrder, index: ray.ObjectRef[Index], num_steps: int, begin: Callable[[int], Attempt]
+    ) -> None:
         """Args:
         order: of the run.
         index: of the training files, in the object store.
@@ -82,7 +85,9 @@ class AttemptConfig(DataConfig):
         super().__init__()
         self._order, self._index, self._num_steps, self._begin = order, index, num_steps, begin
 
-    def configure(self, datasets: dict[str, Dataset], world_size: int, *_: object, **__: object) -> list[dict[str, DataIterator]]:
+    def configure(
+        self, datasets: dict[str, Dataset], world_size: int, *_: object, **__: object
+    ) -> list[dict[str, DataIterator]]:
         """A new attempt, and its iterators by rank."""
         quiet_data()
         attempt = self._begin(world_size)
@@ -100,7 +105,8 @@ def placeholder() -> Dataset:
 
 def blocks(iterator: DataIterator) -> Iterator[pa.Table]:
     """A rank's blocks as they arrive, the next one fetched ahead."""
-    yield from iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    whole: Any = None  # no batch size: blocks as they are
+    yield from iterator.iter_batches(batch_size=whole, batch_format="pyarrow", prefetch_batches=2)
 
 
 def quiet_data() -> None:

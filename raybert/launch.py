@@ -12,8 +12,10 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import ControllerError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 
 from raybert import cluster, ingest, preflight
 from raybert.checkpoint import Checkpoint, newest_checkpoint
@@ -66,7 +68,7 @@ def _run(config: Config, run_dir: Directory, display: Display, verbose: bool) ->
             with cluster.connected(config.cluster, verbose):
                 cluster.check_capacity(config.cluster)
                 _train(config, run_dir, files, held_out, display)
-    _print_result(run_dir, config, display)
+    _print_result(run_dir, display)
     return 0
 
 
@@ -78,7 +80,9 @@ def _say_where_weights_come_from(config: Config, checkpoint: Checkpoint | None, 
         display.line(f"Initial weights from {source}: {preflight.check_initial_weights(config)}")
 
 
-def _train(config: Config, run_dir: Directory, files: Sequence[File], held_out: Sequence[File], display: Display) -> None:
+def _train(
+    config: Config, run_dir: Directory, files: Sequence[File], held_out: Sequence[File], display: Display
+) -> None:
     """Index, check, and run attempts until the last step."""
     index = _index(files, "data.input_files", config, run_dir, display)
     evaluation = _index(held_out, "evaluation.input_files", config, run_dir, display) if held_out else None
@@ -105,7 +109,9 @@ def _index(files: Sequence[File], option: str, config: Config, run_dir: Director
     skip = config.data.on_bad_record == "skip"
     schema, cache = preflight.schema(config), run_dir / INDEX
     build = partial(index_shard, schema=schema, cache=cache, max_bad=None if skip else MAX_BAD_RECORDS)
-    shards = sorted(display.track(_built(build, files), f"indexing {option}", len(files)), key=lambda shard: shard.file.path)
+    shards = sorted(
+        display.track(_built(build, files), f"indexing {option}", len(files)), key=lambda shard: shard.file.path
+    )
     check_shards(shards, option, config.data.on_bad_record)
     for shard in shards:
         if not shard.page_records[-1] and not shard.bad:
@@ -135,7 +141,11 @@ def _announce_copies(files: Sequence[File], run_dir: Directory, display: Display
             return bool(compression(source.read(64)))
 
     with ThreadPoolExecutor(16) as pool:
-        sizes = [file.size_bytes for file, compressed in zip(files, pool.map(is_compressed, files), strict=True) if compressed]
+        sizes = [
+            file.size_bytes
+            for file, compressed in zip(files, pool.map(is_compressed, files), strict=True)
+            if compressed
+        ]
     if sizes:
         display.line(
             f"{len(sizes)} compressed files ({sum(sizes) / 1e6:,.1f} MB) have no random access: each is copied once, "
@@ -148,7 +158,10 @@ def _list_skipped(shards: Sequence[Shard], option: str, run_dir: Directory, disp
     skipped = {shard.file.path: [str(record) for record in shard.bad] for shard in shards if shard.bad}
     if skipped:
         count = sum(map(len, skipped.values()))
-        display.warn(f"{option}: {count} bad records in {len(skipped)} files are left out; {SKIPPED} in the run directory lists them.")
+        display.warn(
+            f"{option}: {count} bad records in {len(skipped)} files are left out; "
+            f"{SKIPPED} in the run directory lists them."
+        )
         known = json.loads(run_dir.read(SKIPPED)) if run_dir.exists(SKIPPED) else {}
         run_dir.write(SKIPPED, json.dumps(known | {option: skipped}, indent=1).encode())
 
@@ -173,7 +186,6 @@ def _fit_here(job: Job) -> None:
     TorchTrainer(partial(train_worker, job), scaling_config=ScalingConfig(num_workers=0)).fit()
 
 
-@ray.remote(num_cpus=0)
 class Inbox:
     """Events on their way from the workers to the driver."""
 
@@ -204,7 +216,7 @@ def _fit(job: Job, display: Display) -> None:
     Raises:
         UserError: what a worker could not do for the user's sake, or a crash loop.
     """
-    inbox = Inbox.remote()
+    inbox: Any = ray.remote(num_cpus=0)(Inbox).remote()
     outcome: list[BaseException | None] = []
 
     def fit() -> None:
@@ -240,7 +252,10 @@ def _trainer(job: Job, post: Post) -> TorchTrainer:
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=config.cluster.use_gpu,
-            resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if config.cluster.use_gpu else {})},
+            resources_per_worker={
+                "CPU": config.cluster.cpus_per_worker,
+                **({"GPU": 1} if config.cluster.use_gpu else {}),
+            },
             elastic_resize_monitor_interval_s=config.cluster.resize_check_s,
         ),
         run_config=RunConfig(
@@ -280,7 +295,9 @@ class StopRetrying(UserCallback):
         self.count = self.count + 1 if failure == self.newest else 1
         self.newest = failure
         if steps and self.count >= (DIED_LIMIT if died else RAISED_LIMIT):
-            raise UserError(f"The run failed {self.count} times alike, {' with '.join(failure)}. Its checkpoints are intact.")
+            raise UserError(
+                f"The run failed {self.count} times alike, {' with '.join(failure)}. Its checkpoints are intact."
+            )
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -293,7 +310,7 @@ def _cause(error: BaseException) -> BaseException:
     return error if inner is None else _cause(inner)
 
 
-def _print_result(run_dir: Directory, config: Config, display: Display) -> None:
+def _print_result(run_dir: Directory, display: Display) -> None:
     """Where the run stands: held-out metrics beside what guessing reaches, the checkpoint, and how to open it."""
     checkpoint = newest_checkpoint(run_dir, display.warn)
     assert checkpoint is not None

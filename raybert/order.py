@@ -1,9 +1,9 @@
 """Sample order: which sample stands at which position of the run, a pure function of integers.
 
-Positions number the samples of the whole run: the global batch of `step` is positions [step * G, (step + 1) * G). Position p
-is place p % N of epoch p // N, N the number of samples. The order of an epoch is a shuffle in two levels, so that a window
-can be read from few pages: pages are permuted over the epoch, then samples are permuted inside each window of K * G
-positions (a window that holds an epoch boundary permutes each side by itself, so that no sample crosses it).
+Positions number the samples of the whole run: the global batch of `step` is positions [step * G, (step + 1) * G).
+Position p is place p % N of epoch p // N, N the number of samples. The order of an epoch is a shuffle in two levels, so
+that a window can be read from few pages: pages are permuted over the epoch, then samples are permuted inside each
+window of K * G positions (a window that holds an epoch boundary permutes each side by itself: no sample crosses it).
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class SampleOrder:
         if number not in self._newest:  # steps come in order: one window at hand serves K of them
             self._newest.clear()
             self._newest[number] = self.window(number)
-        batches: Samples = self._newest[number].reshape(self.window_steps, self.global_batch_size)
-        return batches[step % self.window_steps]
+        start = step % self.window_steps * self.global_batch_size
+        return self._newest[number][start : start + self.global_batch_size]
 
     def positions(self, step: int) -> Samples:
         """[G] the positions of a step's global batch."""

@@ -36,8 +36,8 @@ def resolve(config: Config) -> Config:
     check_optimizer_config(config.optimizer, config.training.num_steps)
     data, training = config.data, config.training
     if data.vocab_file is not None:
-        data = replace(data, vocab_file=absolute(data.vocab_file))
         read_tokens(data.vocab_file, config)
+        data = replace(data, vocab_file=absolute(data.vocab_file))
     if training.init_checkpoint is not None:
         training = replace(training, init_checkpoint=_initial_weights(training.init_checkpoint))
     return replace(config, run_dir=absolute(config.run_dir), data=data, training=training)
@@ -146,7 +146,11 @@ def check_identity(checkpoint: Checkpoint, ours: Mapping[str, Any]) -> None:
         UserError: naming each setting that differs, with both values.
     """
     theirs = checkpoint.state["identity"]
-    differing = [f"  {name}: {theirs.get(name)!r} there, {value!r} now" for name, value in ours.items() if theirs.get(name) != value]
+    differing = [
+        f"  {name}: {theirs.get(name)!r} there, {value!r} now"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]
     if differing:
         raise UserError(
             f"run_dir: the run to continue, {checkpoint.directory.uri}, has another configuration:\n"

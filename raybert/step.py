@@ -73,7 +73,9 @@ def create_state(model: ModelConfig, training: TrainingConfig, optimizer: Optimi
     )
 
 
-def train_step(state: TrainState, batch: RankBatch, training: TrainingConfig, optimizer: OptimizerConfig, world: World) -> StepResult:
+def train_step(
+    state: TrainState, batch: RankBatch, training: TrainingConfig, optimizer: OptimizerConfig, world: World
+) -> StepResult:
     """Consume one global batch: gradients of all its samples, one clip, one update."""
     sums = _backward(state, batch, training, world)
     for group in state.optimizer.param_groups:

@@ -45,7 +45,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (OSError, ValueError) as error:
-        raise UserError(f"Cannot open {uri!r}: {error}; give a local path, s3://bucket/... or gs://bucket/....") from error
+        raise UserError(f"Cannot open {uri!r}: {error}; give a local path, s3://... or gs://....") from error
     return filesystem, path
 
 
@@ -99,9 +99,11 @@ def _match(pattern: str, option: str) -> Iterator[File]:
     glob = _GLOB.search(path)
     root = path[: glob.start()].rpartition("/")[0] if glob else path
     try:
-        infos = filesystem.get_file_info(fs.FileSelector(root, recursive="/" in path[len(root) + 1 :])) if glob else [
-            filesystem.get_file_info(path)
-        ]
+        infos = (
+            filesystem.get_file_info(fs.FileSelector(root, recursive="/" in path[len(root) + 1 :]))
+            if glob
+            else [filesystem.get_file_info(path)]
+        )
     except FileNotFoundError:
         return
     except OSError as error:
@@ -181,7 +183,7 @@ class Directory:
         return sha256.hexdigest()
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file that is there whole or not at all (renamed into place locally; object stores put whole objects)."""
+        """Write a file that is there whole or not at all: renamed into place, or put as one object."""
         if self.is_local:
             _write_local(Path(self._at(name)), content)
             return
@@ -227,7 +229,7 @@ class Directory:
             self.write(probe, b"probe")
             self.filesystem.delete_file(self._at(probe))
         except OSError as error:
-            raise UserError(f"{option}: cannot write to {self.uri!r}: {error}; choose a directory that you may write to.") from error
+            raise UserError(f"{option}: cannot write to {self.uri!r}: {error}; choose a writable directory.") from error
 
 
 def _write_local(path: Path, content: bytes) -> None:

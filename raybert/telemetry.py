@@ -35,8 +35,7 @@ class Telemetry:
         (self._path / METRICS).write_text("".join(lines))
         self._metrics = (self._path / METRICS).open("a")
         self._boards = {
-            kind: SummaryWriter(str(self._path / SUMMARIES / kind), purge_step=start_step + 1)  # type: ignore[no-untyped-call]
-            for kind in (TRAIN, EVAL)
+            kind: SummaryWriter(str(self._path / SUMMARIES / kind), purge_step=start_step + 1) for kind in (TRAIN, EVAL)
         }
 
     def log(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -44,12 +43,12 @@ class Telemetry:
         self._metrics.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
         self._metrics.flush()
         for name, value in metrics.items():
-            self._boards[kind].add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._boards[kind].add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Bring the run directory up to date."""
         for board in self._boards.values():
-            board.flush()  # type: ignore[no-untyped-call]
+            board.flush()
         if not self._run.is_local:
             for file in self._path.rglob("*"):
                 if file.is_file():
@@ -65,14 +64,17 @@ class Telemetry:
         """Close all files."""
         self._metrics.close()
         for board in self._boards.values():
-            board.close()  # type: ignore[no-untyped-call]
+            board.close()
 
 
-def training_summary(num_steps: int, train: Mapping[str, float], evaluation: Mapping[str, float] | None) -> dict[str, Any]:
+def training_summary(
+    num_steps: int, train: Mapping[str, float], evaluation: Mapping[str, float] | None
+) -> dict[str, Any]:
     """Model Garden's training_summary.txt: totals, the last metrics, and each model metric by its own name."""
     summary: dict[str, Any] = {"total_training_steps": num_steps, "train_loss": train.get("training_loss")}
     names = ("masked_lm_accuracy", "lm_example_loss", "next_sentence_accuracy", "next_sentence_loss")
-    summary |= {"last_train_metrics": train.get("training_loss"), **{name: train[name] for name in names if name in train}}
+    summary |= {"last_train_metrics": train.get("training_loss")}
+    summary |= {name: train[name] for name in names if name in train}
     return summary | ({"eval_metrics": dict(evaluation)} if evaluation else {})
 
 

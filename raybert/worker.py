@@ -96,7 +96,7 @@ def _join(job: Job) -> tuple[World, Attempt, Iterator[RankBatch]]:
         return world, attempt, local_batches(Layout(job.order, 1, attempt.start_step, num_steps), job.index)
     world = World.current(get_device())
     iterator = ray.train.get_dataset_shard(ingest.TRAIN)
-    attempt = iterator.attempt  # type: ignore[attr-defined]
+    attempt = iterator.attempt
     layout = Layout(job.order, world.size, attempt.start_step, num_steps)
     return world, attempt, rank_batches(ingest.blocks(iterator), layout, world.rank)
 
