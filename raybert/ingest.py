@@ -26,7 +26,7 @@ class WindowSource(Datasource):
     """The windows of a layout; a read task reads one window, or some when there would be too many tasks."""
 
     def __init__(self, layout: Layout, index: ray.ObjectRef[Index]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._layout = layout
         self._index = index
 

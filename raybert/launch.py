@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -244,27 +244,27 @@ def _trainer(job: Job, post: Post) -> TorchTrainer:
     low, high = config.cluster.worker_range()
     index = ray.put(job.index)
     evaluation = None if job.evaluation is None else ray.put(job.evaluation)
-    remote = Job(config, job.run, job.order, index, evaluation, job.identity, post)
-    run_dir = Directory(config.run_dir)
+    remote = replace(job, index=index, evaluation=evaluation, tell=post)
+    resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if config.cluster.use_gpu else {})}
+    scaling: Any = ScalingConfig(
+        num_workers=low if low == high else (low, high),
+        use_gpu=config.cluster.use_gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=config.cluster.resize_check_s,
+    )
+    # Ray keeps its own state of the run beside ours; checkpoints are not reported to it: our manifests are the truth.
+    run: Any = RunConfig(
+        name="ray",
+        storage_path=job.run.path,
+        storage_filesystem=job.run.filesystem,
+        failure_config=FailureConfig(max_failures=-1),
+        callbacks=[StopRetrying()],
+    )
     return TorchTrainer(
         partial(train_worker, remote),
         torch_config=TorchConfig(timeout_s=int(config.cluster.collective_timeout_s)),
-        scaling_config=ScalingConfig(
-            num_workers=low if low == high else (low, high),
-            use_gpu=config.cluster.use_gpu,
-            resources_per_worker={
-                "CPU": config.cluster.cpus_per_worker,
-                **({"GPU": 1} if config.cluster.use_gpu else {}),
-            },
-            elastic_resize_monitor_interval_s=config.cluster.resize_check_s,
-        ),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=run_dir.path,
-            storage_filesystem=run_dir.filesystem,
-            failure_config=FailureConfig(max_failures=-1),
-            callbacks=[StopRetrying()],
-        ),
+        scaling_config=scaling,
+        run_config=run,
         datasets={ingest.TRAIN: ingest.placeholder()},
         dataset_config=ingest.AttemptConfig(job.order, index, config.training.num_steps, Begin(job.run, post)),
     )

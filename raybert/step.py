@@ -104,7 +104,7 @@ def _backward(state: TrainState, batch: RankBatch, training: TrainingConfig, wor
             with autocast(training, world):
                 sums = forward(state.parallel, part.to(world.device))
             loss = total_loss(sums, batch.global_weight, training.global_batch_size, world.size)
-            state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            state.scaler.scale(loss).backward()
         total += sums.detach()
     return total
 
@@ -135,7 +135,7 @@ def settle_buckets(state: TrainState, seq_length: int, training: TrainingConfig,
     batch = MicroBatch(ids, ids == 0, ids, zero, zero, torch.ones(1), zero)
     with autocast(training, world):
         sums = forward(state.parallel, batch.to(world.device))
-    total_loss(sums, 1, 1).backward()  # type: ignore[no-untyped-call]
+    total_loss(sums, 1, 1).backward()
     state.optimizer.zero_grad(set_to_none=True)
 
 
