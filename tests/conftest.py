@@ -1,0 +1,24 @@
+"""Fixtures that more than one test file uses."""
+
+import pytest
+from helpers import SAMPLE_FILE, SAMPLE_SCHEMA, build_index, tiny_index
+
+from raybert.storage import Directory
+
+
+@pytest.fixture(scope="session")
+def index(tmp_path_factory):
+    """Over synthetic shards of unequal size: 828 samples, seq 16, 4 predictions, vocabulary 97."""
+    return tiny_index(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def sample_index(tmp_path_factory):
+    """Over 118 records that Google's script wrote: seq 128, 20 predictions, vocabulary 30,522."""
+    return build_index(SAMPLE_FILE, SAMPLE_SCHEMA, tmp_path_factory.mktemp("index"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An empty run directory."""
+    return Directory(str(tmp_path / "run"))
