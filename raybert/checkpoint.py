@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from raybert.config import ModelConfig
@@ -32,7 +33,7 @@ from raybert.storage import Directory
 CHECKPOINTS = "checkpoints"
 MANIFEST, STATE, OPTIMIZER, MODEL = "manifest.json", "state.json", "optimizer.safetensors", "model.safetensors"
 FORMAT_VERSION = 1
-_NAME = re.compile(r"step-(\d{8})-attempt-(\d{4})")
+_NAME = re.compile(r"step-(\d{8,})-attempt-(\d{4,})")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,14 @@ def _to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def find_checkpoints(run: Directory) -> list[str]:
     """Names of all checkpoint directories of a run, newest first, complete or not."""
     names = [name for name in (run / CHECKPOINTS).names() if _NAME.fullmatch(name)]
-    return sorted(names, reverse=True)
+    return sorted(names, key=_place, reverse=True)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Step and attempt of a checkpoint's name."""
+    match = _NAME.fullmatch(name)
+    assert match, name
+    return int(match[1]), int(match[2])
 
 
 def newest_checkpoint(run: Directory, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -122,7 +130,7 @@ def _damage(directory: Directory) -> str | None:
     """What is wrong with a checkpoint that has a manifest; None if it is intact."""
     try:
         manifest = json.loads(directory.read(MANIFEST))
-        files = manifest["files"]
+        files = dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is unreadable: {error!r}"
     for name, expected in files.items():
@@ -237,8 +245,11 @@ class Writer:
             yield Path(temporary)
 
     def _write_files(self, path: Path, copy: HostCopy, parent: str | None) -> None:
-        save_pretrained(path, dict(copy.model), self.model, self.vocab_file)
-        save_file(dict(copy.optimizer), path / OPTIMIZER)
+        try:
+            save_pretrained(path, dict(copy.model), self.model, self.vocab_file)
+            save_file(dict(copy.optimizer), path / OPTIMIZER)
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(str(error)) from error
         state = {
             "format_version": FORMAT_VERSION,
             "step": copy.step,
@@ -255,7 +266,7 @@ class Writer:
 
     def _prune(self, newest: str) -> None:
         """Delete what lies behind the newest checkpoint: complete ones beyond `keep`, and incomplete ones."""
-        names = [name for name in find_checkpoints(self.run) if name <= newest]
+        names = [name for name in find_checkpoints(self.run) if _place(name) <= _place(newest)]
         complete = [name for name in names if (self.run / CHECKPOINTS / name).exists(MANIFEST)]
         doomed = complete[self.keep :] if self.keep else []
         for name in [*doomed, *(name for name in names if name not in complete)]:
@@ -283,13 +294,18 @@ class Saver:
         self._writer, self._parent = writer, parent
         self._committed, self._warn = committed, warn
         self._records: list[StepRecord] = []
-        self._thread = threading.Thread(target=lambda: None)
+        self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     @property
     def is_busy(self) -> bool:
         """Whether a write is pending."""
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until no write is pending."""
+        if self._thread is not None:
+            self._thread.join()
 
     def save(self, state: TrainState, records: Sequence[StepRecord]) -> None:
         """Copy the state and write it behind the next steps; while a write is pending, only keep the records.
@@ -313,9 +329,9 @@ class Saver:
             FencedError: a newer attempt owns the run.
             OSError: the storage failed.
         """
-        self._thread.join()
+        self.wait()
         self.save(state, records)
-        self._thread.join()
+        self.wait()
         if self._error is not None:
             raise self._error
 

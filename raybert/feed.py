@@ -156,6 +156,8 @@ def rank_batches(blocks: Iterable[pa.Table], layout: Layout, rank: int) -> Itera
     step = layout.start_step // layout.block_steps * layout.block_steps
     mine = rank_slice(layout.order.global_batch_size, rank, layout.world_size)
     for block in blocks:
+        if step >= layout.num_steps:
+            raise FeedError(f"rank {rank}, step {step}: a block arrived after the last step")
         columns = {name: _array(block[name]) for name in block.column_names}
         if len(columns[SAMPLE]) != layout.block_rows:
             found, expected = len(columns[SAMPLE]), layout.block_rows
@@ -168,7 +170,9 @@ def rank_batches(blocks: Iterable[pa.Table], layout: Layout, rank: int) -> Itera
                 yield batch
             step += 1
     if step < layout.num_steps:
-        raise FeedError(f"rank {rank}: the feed ended at step {step} of {layout.num_steps}")
+        raise FeedError(
+            f"rank {rank}, step {max(step, layout.start_step)}: the feed ended before step {layout.num_steps}"
+        )
 
 
 def _rank_batch(step: int, columns: Arrays) -> RankBatch:

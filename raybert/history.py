@@ -60,7 +60,8 @@ def begin_attempt(run: Directory, world_size: int, start_step: int, checkpoint: 
 def read_attempts(run: Directory) -> list[Attempt]:
     """Every attempt of the run, oldest first."""
     folder = run / ATTEMPTS
-    return [Attempt(**json.loads(folder.read(name))) for name in folder.names() if name.endswith(".json")]
+    attempts = [Attempt(**json.loads(folder.read(name))) for name in folder.names() if name.endswith(".json")]
+    return sorted(attempts, key=lambda attempt: attempt.number)
 
 
 def check_newest(run: Directory, attempt: int) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import itertools
 import json
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from pyarrow import fs
 
-from raybert import tfrecord
+from raybert.compression import compression, decompressed_chunks
 from raybert.errors import UserError
+from raybert.example import Schema, bad_records, decode
 from raybert.storage import Directory, File, open_input, resolve
-from raybert.tfrecord import BadRecord, Schema
+from raybert.tfrecord import BadRecord, find_records, walk
 
 Ints = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -43,6 +43,7 @@ class Shard:
         data_path: where records are read from; differs from the file's path when that is compressed.
         page_offsets: [pages + 1] byte offsets in `data_path` at which pages begin, and the end of the last.
         page_records: [pages + 1] number of the first record of each page, and the end of the last.
+        page_checksums: [pages] CRC-32 of the stored checksums of each page's records.
         skipped: [skipped] numbers of the records that are left out.
         label_counts: [V] how often each token is a masked label.
         num_random_next: samples whose second sentence is random.
@@ -54,6 +55,7 @@ class Shard:
     data_path: str
     page_offsets: Ints
     page_records: Ints
+    page_checksums: Ints
     skipped: Ints
     label_counts: Ints
     num_random_next: int
@@ -82,14 +84,14 @@ def index_shard(file: File, schema: Schema, cache: Directory, max_bad: int | Non
     if cached is not None:
         return cached
     with open_input(file.path) as source:
-        compression = tfrecord.compression(source.read(64))
+        is_compressed = bool(compression(source.read(64)))
         source.seek(0)
-        if not compression:
+        if not is_compressed:
             shard = _scan(file, file.path, _chunks(source), schema, max_bad)
         else:
             shard = _scan_compressed(file, source, cache, name, schema, max_bad)
     if max_bad is None or len(shard.bad) < max_bad:
-        cache.write(f"{name}.npz", _to_bytes(shard))
+        cache.write(f"{name}.index", _to_bytes(shard))
     return shard
 
 
@@ -108,7 +110,7 @@ def _scan_compressed(
     with filesystem.open_output_stream(f"{path}.part") as target:
 
         def copied() -> Iterator[bytes]:
-            for chunk in tfrecord.decompressed_chunks(_chunks(source)):
+            for chunk in decompressed_chunks(_chunks(source)):
                 target.write(chunk)
                 yield chunk
 
@@ -123,10 +125,10 @@ def _scan(file: File, data_path: str, pieces: Iterable[bytes], schema: Schema, m
     bad: list[BadRecord] = []
     label_counts = np.zeros(schema.vocab_size, np.int64)
     num_random_next, num_records, end = 0, 0, 0
-    checksums = hashlib.sha256()
-    for records in tfrecord.walk(pieces):
-        arrays, is_good = tfrecord.decode(records.buffer, records.offsets, records.lengths, schema)
-        bad += itertools.islice(tfrecord.bad_records(records, is_good, schema), max_bad)
+    crcs: list[npt.NDArray[np.uint32]] = []
+    for records in walk(pieces):
+        arrays, is_good = decode(records.buffer, records.offsets, records.lengths, schema)
+        bad += itertools.islice(bad_records(records, is_good, schema), max_bad)
         is_good &= records.is_intact
         first = -records.first_record % PAGE_RECORDS  # pages begin at multiples of PAGE_RECORDS
         frames = records.frame_offsets.tolist()
@@ -134,45 +136,62 @@ def _scan(file: File, data_path: str, pieces: Iterable[bytes], schema: Schema, m
         labels = arrays["masked_lm_ids"][is_good][arrays["masked_lm_weights"][is_good] != 0]
         label_counts += np.bincount(labels, minlength=schema.vocab_size)
         num_random_next += int(arrays["next_sentence_labels"][is_good].sum())
-        checksums.update(records.crcs.astype("<u4").tobytes())
+        crcs.append(records.crcs)
         num_records, end = records.first_record + len(records), records.first_offset + records.consumed
         if max_bad is not None and len(bad) >= max_bad:
             break
     pages.append((num_records, end))
+    all_crcs = np.concatenate([*crcs, np.zeros(0, np.uint32)])
     return Shard(
         file=file,
         data_path=data_path,
         page_offsets=np.array([offset for _, offset in pages]),
         page_records=np.array([record for record, _ in pages]),
+        page_checksums=np.array([_checksum(all_crcs[a:b]) for (a, _), (b, _) in itertools.pairwise(pages)], np.int64),
         skipped=np.array([record.record for record in bad if not record.ends_file], np.int64),
         label_counts=label_counts,
         num_random_next=num_random_next,
-        digest=checksums.hexdigest(),
+        digest=hashlib.sha256(all_crcs.astype("<u4").tobytes()).hexdigest(),
         bad=tuple(bad),
     )
 
 
+def _checksum(crcs: npt.NDArray[np.uint32]) -> int:
+    return zlib.crc32(crcs.astype("<u4").tobytes())
+
+
 def _to_bytes(shard: Shard) -> bytes:
+    """A digest, and what it is of."""
     meta = {"file": asdict(shard.file), "bad": [asdict(record) for record in shard.bad]}
     meta |= {name: getattr(shard, name) for name in ("data_path", "num_random_next", "digest")}
-    arrays = {name: getattr(shard, name) for name in ("page_offsets", "page_records", "skipped", "label_counts")}
+    names = ("page_offsets", "page_records", "page_checksums", "skipped", "label_counts")
     buffer = io.BytesIO()
+    arrays = {name: getattr(shard, name) for name in names}
     np.savez_compressed(buffer, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
-    return buffer.getvalue()
+    return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
 
 
 def _load(cache: Directory, name: str, file: File) -> Shard | None:
     """A cached index, unless the file has changed since or the cache entry is damaged."""
     try:
-        with np.load(io.BytesIO(cache.read(f"{name}.npz")), allow_pickle=False) as content:
-            arrays = {key: content[key] for key in content.files}
-        meta = json.loads(arrays.pop("meta").tobytes())
-    except (FileNotFoundError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        entry = cache.read(f"{name}.index")
+    except FileNotFoundError:
         return None
+    digest, content = entry[:32], entry[32:]
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    meta = json.loads(arrays.pop("meta").tobytes())
     if File(**meta.pop("file")) != file:
         return None
     bad = tuple(BadRecord(**record) for record in meta.pop("bad"))
-    return Shard(file=file, bad=bad, **meta, **arrays)
+    data_path = file.path
+    if meta.pop("data_path") != file.path:  # of a compressed file: the copy, wherever the cache is by now
+        if not cache.exists(f"{name}.tfrecord"):
+            return None
+        data_path = (cache / f"{name}.tfrecord").uri
+    return Shard(file=file, data_path=data_path, bad=bad, **meta, **arrays)
 
 
 @dataclass(frozen=True)
@@ -246,19 +265,23 @@ class Index:
         contents: list[Arrays] = []
         for number, entries in by_shard:
             shard = self.shards[number]
-            with open_input(shard.data_path) as source:
-                contents += [_read_page(source, shard, page, self.schema) for _, page in entries]
+            try:
+                with open_input(shard.data_path) as source:
+                    contents += [_read_page(source, shard, page, self.schema) for _, page in entries]
+            except FileNotFoundError as error:
+                raise UserError(f"{shard.data_path} is gone since the file was indexed; restore it.") from error
         return contents
 
 
 def _read_page(source: fs.NativeFile, shard: Shard, page: int, schema: Schema) -> Arrays:
     start, stop = shard.page_offsets[page : page + 2].tolist()
     first, last = shard.page_records[page : page + 2].tolist()
-    records = tfrecord.find_records(source.read_at(stop - start, start), first_record=first, first_offset=start)
-    arrays, is_good = tfrecord.decode(records.buffer, records.offsets, records.lengths, schema)
+    records = find_records(source.read_at(stop - start, start), first_record=first, first_offset=start)
+    arrays, is_good = decode(records.buffer, records.offsets, records.lengths, schema)
     is_good &= records.is_intact
     expected = ~np.isin(np.arange(first, last), shard.skipped)
-    if records.lost or not np.array_equal(is_good, expected):
+    is_same = _checksum(records.crcs) == shard.page_checksums[page]
+    if records.lost or not is_same or not np.array_equal(is_good, expected):
         raise UserError(
             f"{shard.file.path}: records {first} to {last - 1} are not what they were when the file was indexed; "
             "restore the file, or begin a new run on the changed one."

@@ -131,7 +131,10 @@ def train(
                 result.evaluation = evaluate()
             if observer:
                 observer.eval_metrics(state.step, result.evaluation)
-        if is_due(state.step, config.checkpoint.every_steps) and not is_last:
+        if is_last:
+            _check_finite(outcome, state)
+        elif is_due(state.step, config.checkpoint.every_steps):
+            _check_finite(outcome, state)
             records = trail.drain()
             if observer:
                 observer.save(state, records)
@@ -153,13 +156,23 @@ def _timed(batches: Iterable[RankBatch]) -> Iterator[tuple[float, RankBatch]]:
 def _checked(metrics: dict[str, float], state: TrainState, config: Config) -> dict[str, float]:
     """The metrics with what the state adds to them, unless training has diverged."""
     if not math.isfinite(metrics["training_loss"]):
-        raise UserError(
-            f"The loss is {metrics['training_loss']} at step {state.step}: training has diverged; lower "
-            "optimizer.learning_rate or raise optimizer.warmup_steps. The checkpoints before are intact."
-        )
+        raise _diverged(f"loss is {metrics['training_loss']}", state)
     metrics["learning_rate"] = learning_rate(state.step - 1, config.optimizer, config.training.num_steps)
     metrics["num_skipped"] = int(state.num_skipped)
     return metrics
+
+
+def _check_finite(newest: StepResult, state: TrainState) -> None:
+    """Refuse to save weights that are not numbers any more: their gradient is not one either."""
+    if not (state.scaler.is_enabled() or math.isfinite(newest.grad_norm)):
+        raise _diverged(f"norm of the gradient is {float(newest.grad_norm)}", state)
+
+
+def _diverged(what: str, state: TrainState) -> UserError:
+    return UserError(
+        f"The {what} at step {state.step}: training has diverged; lower optimizer.learning_rate or raise "
+        "optimizer.warmup_steps. The checkpoints before are intact."
+    )
 
 
 class Trail:

@@ -12,8 +12,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import pyarrow as pa
 from pyarrow import fs
 
 from raybert.errors import UserError
@@ -21,6 +23,7 @@ from raybert.errors import UserError
 PACKAGE = "raybert://"  # files that ship with raybert, wherever each node has it
 _PACKAGE_PATH = Path(__file__).parent
 _GLOB = re.compile(r"[*?\[]")
+_QUERY = re.compile(r"\?\w+=[^?*]*$")  # ends a URI: options such as endpoint_override; any other ? is a glob's
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,31 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), str(_PACKAGE_PATH / uri.removeprefix(PACKAGE))
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    place, query = _split_query(uri)
+    scheme, _, path = place.partition("://")
+    if scheme == "file":
+        return fs.LocalFileSystem(), path
+    return _bucket_filesystem(scheme, path.partition("/")[0], query), path.rstrip("/")
+
+
+def _split_query(uri: str) -> tuple[str, str]:
+    """A place and the query behind it; the place is taken as it is written, nothing in it is percent-encoded."""
+    query = _QUERY.search(uri) if "://" in uri else None
+    return (uri[: query.start()], query.group()) if query else (uri, "")
+
+
+@cache
+def _bucket_filesystem(scheme: str, bucket: str, query: str) -> fs.FileSystem:
+    """The filesystem that a bucket is in; kept, since making one asks the store where the bucket is."""
+    if scheme not in ("s3", "gs"):
+        raise UserError(f"Unknown scheme {scheme}://; give a local path, s3://... or gs://....")
+    if "@" in bucket:
+        raise UserError(f"A {scheme}:// path must not hold credentials; set them in the environment.")
     try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
+        return fs.FileSystem.from_uri(f"{scheme}://{bucket}{query}")[0]
     except (OSError, ValueError) as error:
-        raise UserError(f"Cannot open {uri!r}: {error}; give a local path, s3://... or gs://....") from error
-    return filesystem, path
+        place = f"{scheme}://{bucket}{query}"
+        raise UserError(f"Cannot open {place}: {error}; check the name, the network and the credentials.") from error
 
 
 @contextmanager
@@ -54,19 +77,25 @@ def local_file(uri: str) -> Iterator[Path]:
     """A file as a local path; a remote one is downloaded for the time of the context.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        UserError: there is no such file, or it cannot be fetched.
     """
     filesystem, path = resolve(uri)
+    if filesystem.get_file_info(path).type != fs.FileType.File:
+        raise UserError(f"There is no file {uri!r}; correct the path.")
     if isinstance(filesystem, fs.LocalFileSystem):
         yield Path(path)
         return
-    with tempfile.TemporaryDirectory(prefix="raybert-") as temporary, filesystem.open_input_stream(path) as source:
+    with tempfile.TemporaryDirectory(prefix="raybert-") as temporary:
         local = Path(temporary) / posixpath.basename(path)
-        local.write_bytes(source.read())
+        try:
+            with filesystem.open_input_stream(path) as source:
+                local.write_bytes(source.read())
+        except OSError as error:
+            raise UserError(f"Cannot read {uri!r}: {error}; check the network and the credentials.") from error
         yield local
 
 
-def open_input(uri: str) -> fs.FileSystem:
+def open_input(uri: str) -> pa.NativeFile:
     """A random access file, read only."""
     filesystem, path = resolve(uri)
     return filesystem.open_input_file(path)
@@ -74,6 +103,9 @@ def open_input(uri: str) -> fs.FileSystem:
 
 def find_files(patterns: str, option: str) -> list[File]:
     """The files that comma-separated paths or globs name, sorted by path, each once.
+
+    Globs are a shell's: ** is any number of directories, and a leading dot is matched only by a dot. A file whose name
+    is the pattern, letter for letter, is that file.
 
     Args:
         patterns: paths or globs, separated by commas; local, s3:// or gs://.
@@ -96,31 +128,43 @@ def find_files(patterns: str, option: str) -> list[File]:
 
 def _match(pattern: str, option: str) -> Iterator[File]:
     filesystem, path = resolve(pattern)
-    glob = _GLOB.search(path)
-    root = path[: glob.start()].rpartition("/")[0] if glob else path
     try:
-        infos = (
-            filesystem.get_file_info(fs.FileSelector(root, recursive="/" in path[len(root) + 1 :]))
-            if glob
-            else [filesystem.get_file_info(path)]
-        )
-    except FileNotFoundError:
-        return
+        infos = [filesystem.get_file_info(path)]
+        glob = _GLOB.search(path)
+        if glob and infos[0].type != fs.FileType.File:
+            infos = _list_files(filesystem, path[: glob.start()].rpartition("/")[0] or "/", path)
     except OSError as error:
         raise UserError(f"{option}: cannot list {pattern!r}: {error}; check the path and the credentials.") from error
-    depth = path.count("/")
     for info in infos:
-        same_depth = info.path.count("/") == depth
-        if info.type == fs.FileType.File and (not glob or (same_depth and fnmatch.fnmatchcase(info.path, path))):
+        if info.type == fs.FileType.File:
             yield File(_uri(info.path, pattern), info.size, info.mtime_ns or 0)
+
+
+def _list_files(filesystem: fs.FileSystem, root: str, glob: str) -> list[fs.FileInfo]:
+    """What matches a glob under the directory that it begins with."""
+    recursive = "**" in glob or glob.count("/") > root.rstrip("/").count("/") + 1
+    infos = filesystem.get_file_info(fs.FileSelector(root, recursive=recursive, allow_not_found=True))
+    return [info for info in infos if _is_match(info.path.split("/"), glob.split("/"))]
+
+
+def _is_match(names: list[str], globs: list[str]) -> bool:
+    if not names or not globs:
+        return not names and all(glob == "**" for glob in globs)
+    name, glob = names[0], globs[0]
+    if glob == "**" and _is_match(names, globs[1:]):
+        return True
+    if name.startswith(".") and not glob.startswith("."):
+        return False
+    return fnmatch.fnmatchcase(name, glob) and _is_match(names[1:], globs if glob == "**" else globs[1:])
 
 
 def _uri(path: str, like: str) -> str:
     """The URI of a path in the filesystem that another URI is in."""
     if like.startswith(PACKAGE):
         return PACKAGE + str(Path(path).relative_to(_PACKAGE_PATH))
-    scheme, separator, _ = like.partition("://")
-    return f"{scheme}://{path}" if separator else path
+    place, query = _split_query(like)
+    scheme, separator, _ = place.partition("://")
+    return f"{scheme}://{path}{query}" if separator else path
 
 
 def absolute(uri: str) -> str:
@@ -148,7 +192,8 @@ class Directory:
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     def __truediv__(self, name: str) -> Directory:
-        return Directory(f"{self.uri.rstrip('/')}/{name}")
+        place, query = _split_query(self.uri)
+        return Directory(f"{place.rstrip('/')}/{name}{query}")
 
     def _at(self, name: str) -> str:
         return posixpath.join(self.path, name)
@@ -209,8 +254,9 @@ class Directory:
             yield Path(self.path)
             return
         with tempfile.TemporaryDirectory(prefix="raybert-") as temporary:
-            for name in self.names():
-                (Path(temporary) / name).write_bytes(self.read(name))
+            for info in self.filesystem.get_file_info(fs.FileSelector(self.path)):
+                if info.type == fs.FileType.File:
+                    (Path(temporary) / info.base_name).write_bytes(self.read(info.base_name))
             yield Path(temporary)
 
     def delete(self) -> None:

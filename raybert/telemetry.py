@@ -32,7 +32,7 @@ class Telemetry:
         self._path = Path(run.path) if run.is_local else scratch / "telemetry"
         lines = _lines_until(run, start_step)
         self._path.mkdir(parents=True, exist_ok=True)
-        (self._path / METRICS).write_text("".join(lines))
+        Directory(str(self._path)).write(METRICS, "".join(lines).encode())
         self._metrics = (self._path / METRICS).open("a")
         self._boards = {
             kind: SummaryWriter(str(self._path / SUMMARIES / kind), purge_step=start_step + 1) for kind in (TRAIN, EVAL)

@@ -1,9 +1,12 @@
 """Fixtures that more than one test file uses."""
 
 import pytest
+import torch
 from helpers import SAMPLE_FILE, SAMPLE_SCHEMA, build_index, tiny_index
 
 from raybert.storage import Directory
+
+torch.set_num_threads(1)  # a second thread only slows models as small as these down
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,165 @@
+"""What a person sees: one live line on a terminal, plain lines in a log."""
+
+import re
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from raybert.display import Display, attempt_line, duration, evaluation_line, progress_line
+from raybert.events import Event
+
+METRICS = {
+    "training_loss": 9.87654,
+    "masked_lm_accuracy": 0.12345,
+    "next_sentence_accuracy": 0.5,
+    "learning_rate": 0.00012,
+    "samples_per_s": 12345.6,
+    "tokens_per_s": 1234567.8,
+    "data_wait": 0.0123,
+    "world_size": 3,
+}
+HELD_OUT = {
+    "lm_example_loss": 6.54321,
+    "masked_lm_accuracy": 0.1,
+    "next_sentence_loss": 0.7,
+    "next_sentence_accuracy": 0.6,
+}
+EVENTS = [
+    Event("attempt", 0, "", {"number": 1, "world_size": 3}),
+    Event("train", 10, metrics=METRICS),
+    Event("train", 20, metrics=METRICS),
+    Event("eval", 20, metrics=HELD_OUT),
+    Event("checkpoint", text="step-00000020-attempt-0001"),
+    Event("warning", text="checkpoint [bold]x[/bold] is damaged"),
+    Event("train", 30, metrics=METRICS),
+]
+
+
+def without(metrics, *names):
+    return {name: value for name, value in metrics.items() if name not in names}
+
+
+def shown(events, **console):
+    output = StringIO()
+    with Display(100, Console(file=output, **console)) as display:
+        for event in events:
+            display.show(event)
+    return output.getvalue()
+
+
+def test_a_progress_line():
+    line = "step 10/100  loss 9.877  mlm acc 0.123  nsp acc 0.500  lr 1.20e-04  12,346 samples/s  1,234,568 tokens/s"
+    assert progress_line(10, 100, METRICS, None) == f"{line}  wait 1.2%  3 workers"
+    assert progress_line(10, 100, METRICS | {"world_size": 1}, 75) == f"{line}  wait 1.2%  1 worker  1m15s left"
+    masked_only = progress_line(10, 100, without(METRICS, "next_sentence_accuracy"), None)
+    assert masked_only == f"{line}  wait 1.2%  3 workers".replace("nsp acc 0.500  ", "")
+
+
+def test_an_evaluation_line():
+    line = "held-out at step 20: mlm loss 6.543  mlm acc 0.100"
+    assert evaluation_line(20, HELD_OUT) == f"{line}  nsp loss 0.700  nsp acc 0.600"
+    assert evaluation_line(20, without(HELD_OUT, "next_sentence_loss", "next_sentence_accuracy")) == line
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (Event("attempt", 0, "", {"number": 1, "world_size": 1}), "attempt 1: 1 worker, from step 0"),
+        (Event("attempt", 8, "name", {"number": 12, "world_size": 3}), "attempt 12: 3 workers, from step 8 (name)"),
+    ],
+)
+def test_an_attempt_line(event, line):
+    assert attempt_line(event) == line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (185, "3m05s"),
+        (3599.6, "1h00m"),
+        (7620, "2h07m"),
+        (360000, "100h00m"),
+    ],
+)
+def test_a_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_log_has_plain_lines():
+    """Whole ones, however long, and nothing but text."""
+    lines = shown(EVENTS, width=20).splitlines()
+    assert lines[0] == "attempt 1: 3 workers, from step 0"
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.partition("  ")[0] for line in steps] == ["step 10/100", "step 20/100", "step 30/100"]
+    assert lines[3] == evaluation_line(20, HELD_OUT)
+    assert lines[4:6] == ["checkpoint step-00000020-attempt-0001", "warning: checkpoint [bold]x[/bold] is damaged"]
+    assert len(lines) == len(EVENTS) and all(line.endswith(" left") for line in steps)
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_terminal_has_one_live_line():
+    """It is written over; what stays is printed above it; the cursor is given back."""
+    text = shown(EVENTS, force_terminal=True, width=200)
+    assert "\x1b[2K" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    below = text.rpartition("is damaged")[2]
+    assert "step 30/100" in below and "step 10/100" not in below
+    assert screen(text) == [
+        "attempt 1: 3 workers, from step 0",
+        evaluation_line(20, HELD_OUT),
+        "checkpoint step-00000020-attempt-0001",
+        "warning: checkpoint [bold]x[/bold] is damaged",
+        "step 30/100",
+    ]
+
+
+def screen(text):
+    """What stands on a terminal in the end, progress lines by their beginning."""
+    lines, row = [""], 0
+    for part in re.split(r"(\x1b\[[?\d;]*[A-Za-z]|\r|\n)", text):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part == "\x1b[1A":
+            row -= 1
+        elif not part.startswith(("\x1b", "\r")):
+            lines[row] += part
+    return [line.partition("  ")[0] if line.startswith("step") else line for line in lines if line]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_failure_gives_the_terminal_back(is_terminal):
+    output = StringIO()
+    with (
+        pytest.raises(RuntimeError, match="failed"),
+        Display(100, Console(file=output, force_terminal=is_terminal, width=100)) as display,
+    ):
+        display.show(EVENTS[1])
+        raise RuntimeError("failed")
+    assert output.getvalue().endswith("\x1b[?25h") or not is_terminal
+
+
+@pytest.mark.parametrize(("total", "line"), [(1, "Reading: 1 file"), (3, "Reading: 3 files")])
+def test_tracking_gives_the_items_on(total, line):
+    for is_terminal in (True, False):
+        output = StringIO()
+        with Display(100, Console(file=output, force_terminal=is_terminal, width=100)) as display:
+            assert list(display.track(iter(range(total)), "Reading", total)) == list(range(total))
+        assert (f"{total} of {total} files" if is_terminal else line) in output.getvalue()
+
+
+def test_held_out_results_stand_beside_guessing():
+    output = StringIO()
+    baselines = {"unigram_mlm_loss": 7.0, "majority_next_sentence_accuracy": 0.55}
+    Display(100, Console(file=output, width=200)).held_out(HELD_OUT, baselines)
+    Display(100, Console(file=output, width=200)).held_out(without(HELD_OUT, "next_sentence_accuracy"), baselines)
+    first, second, third = output.getvalue().splitlines()
+    assert first == third
+    assert first == "Held-out masked LM loss 6.543 (guessing by token frequency: 7.000), accuracy 0.100"
+    assert second == "Held-out next sentence accuracy 0.600 (always guessing the majority: 0.550)"

@@ -1,0 +1,88 @@
+"""Imports go downward only, so that all below the edge runs on a laptop, and on a GPU machine without Ray."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import raybert
+
+LAYERS = (  # from the bottom; a module imports from layers below its own
+    ("__init__", "allocator", "config", "errors", "events", "jit", "order"),
+    ("checks", "config_file", "crc", "display", "model_garden", "storage"),
+    ("compression", "history"),
+    ("tfrecord",),
+    ("example",),
+    ("index",),
+    ("feed",),
+    ("batch", "loss", "model", "optim", "world"),
+    ("pretrained", "step"),
+    ("checkpoint", "evaluate", "loop", "telemetry"),
+    ("cluster", "failures", "ingest"),
+    ("preflight", "worker"),
+    ("launch",),
+    ("bench_data", "figure"),
+    ("bench_decode", "bench_step"),
+    ("bench_ray",),
+    ("bench",),
+    ("cli",),
+    ("__main__",),
+)
+LEVELS = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+PURE = {module for module, level in LEVELS.items() if level <= LEVELS["feed"]}
+ONLY = {  # what only these may import
+    "ray": {"bench_ray", "cluster", "failures", "ingest", "launch", "worker"},
+    "torch.distributed": {"world"},
+    "torch.nn.parallel": {"world"},
+    "torch": LEVELS.keys() - PURE,
+}
+FOLDER = Path(raybert.__file__).parent
+MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def imports(source):
+    """Every module that a source imports, wherever in it, with the names taken from it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(source):
+    """The modules of ours among them: of raybert.storage.Directory, storage."""
+    return {name.split(".")[1] for name in imports(source) if name.startswith("raybert.")}
+
+
+def is_of(name, package):
+    return name == package or name.startswith(f"{package}.")
+
+
+def test_every_module_has_its_layer():
+    assert sorted(LEVELS) == MODULES and sum(map(len, LAYERS)) == len(LEVELS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downward(module):
+    source = (FOLDER / f"{module}.py").read_text()
+    upward = {name for name in own_imports(source) if LEVELS[name] >= LEVELS[module]}
+    assert not upward, f"{module} imports {sorted(upward)}, which is not below it"
+
+
+@pytest.mark.parametrize("package", ONLY)
+def test_only_some_modules_import(package):
+    importers = {
+        module
+        for module in MODULES
+        if any(is_of(name, package) for name in imports((FOLDER / f"{module}.py").read_text()))
+    }
+    assert importers <= ONLY[package]
+
+
+def test_the_test_sees_imports():
+    source = (
+        "import ray.data\ndef f():\n from torch import distributed\n from raybert import feed\n import raybert.loop"
+    )
+    assert list(imports(source)) == ["ray.data", "torch.distributed", "raybert.feed", "raybert.loop"]
+    assert own_imports(source) == {"feed", "loop"}
