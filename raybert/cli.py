@@ -76,7 +76,7 @@ def _main_of(module: str) -> Callable[[list[str]], int]:
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("Pretrain BERT, or continue the run found in run_dir.", train),
-    "bench": ("Measure a part: step, decode, feed, ray or all.", _main_of("raybert.bench")),
+    "bench": ("Measure decoding, the feed, the training step, what Ray costs, or all.", _main_of("raybert.bench")),
 }
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +14,12 @@ from typing import Any
 
 import ray
 
+from raybert.allocator import MALLOC
 from raybert.config import ClusterConfig
 from raybert.errors import UserError
 
+ADDRESS, LOCAL = "RAY_ADDRESS", "local"
+CONNECT_TIMEOUT_S = 5
 LOCAL_FEED_CPUS = 2  # logical CPUs beyond the workers', for the feed's tasks
 ENVIRONMENT = {
     # Ray Train's defaults wait long; RAY.md of every deployment says what each does.
@@ -22,12 +28,6 @@ ENVIRONMENT = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-}
-MALLOC = {
-    # glibc gives large tensors back to the system at every free; keeping them makes a CPU step up to 1.7 times as fast.
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-    "MALLOC_TOP_PAD_": "67108864",
 }
 
 
@@ -39,6 +39,11 @@ class Node:
     num_gpus: float
 
 
+def is_local() -> bool:
+    """Whether a run starts its own Ray on this machine: no cluster is named."""
+    return os.environ.get(ADDRESS, LOCAL) in ("", LOCAL)
+
+
 @contextmanager
 def connected(config: ClusterConfig, verbose: bool) -> Iterator[None]:
     """Ray for the time of the context: RAY_ADDRESS's cluster, or an own local one that ends with it.
@@ -48,32 +53,42 @@ def connected(config: ClusterConfig, verbose: bool) -> Iterator[None]:
     """
     for name, value in {**ENVIRONMENT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.start_timeout_s)}.items():
         os.environ.setdefault(name, value)
-    _quiet(verbose)
     settings: dict[str, Any] = {
         "runtime_env": {"env_vars": MALLOC},
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
     }
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            ray.init(**settings)
-        except (ConnectionError, RuntimeError) as error:
-            raise UserError(
-                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: {error}; start one with "
-                "`ray start --head`, correct RAY_ADDRESS, or unset it to train on this machine alone."
-            ) from error
-    else:
-        # "local": a stale record of another cluster on this machine must not be joined.
+    interrupt = signal.getsignal(signal.SIGTERM)
+    if is_local():
+        # Said explicitly: a stale record of another cluster on this machine must not be joined.
         num_cpus = config.worker_range()[1] * config.cpus_per_worker + LOCAL_FEED_CPUS
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **settings)
+        ray.init(address=LOCAL, num_cpus=num_cpus, include_dashboard=False, **settings)
+    else:
+        _join(os.environ[ADDRESS], settings)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)  # Ray has put its own in place
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _quiet(verbose: bool) -> None:
+def _join(address: str, settings: dict[str, Any]) -> None:
+    """Connect to the cluster of RAY_ADDRESS."""
+    try:
+        host, _, port = address.rpartition("://")[2].rpartition(":")
+        if host and port.isdigit():  # else "auto" or the like; Ray itself would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+        ray.init(**settings)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: {error}; start one with "
+            "`ray start --head`, correct RAY_ADDRESS, or unset it to train on this machine alone."
+        ) from error
+
+
+def quiet(verbose: bool) -> None:
+    """Without `verbose`, only errors of Ray's are shown."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not verbose:
         for name in ("ray", "ray.data", "ray.train", "ray._private"):

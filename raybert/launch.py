@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
-from ray.train import ControllerError
+from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raybert import cluster, ingest, preflight
 from raybert.checkpoint import Checkpoint, newest_checkpoint
+from raybert.compression import compression
 from raybert.config import Config
 from raybert.config_file import config_to_yaml
 from raybert.display import Display
 from raybert.errors import UserError
 from raybert.evaluate import unigram_loss
 from raybert.events import Event
+from raybert.failures import StopRetrying, cause_of
 from raybert.index import Index, Shard, check_shards, index_shard
 from raybert.storage import Directory, File, find_files, local_file, open_input
 from raybert.telemetry import EVAL, read_metrics
-from raybert.tfrecord import compression
-from raybert.worker import VOCABULARY, Begin, Job, train_worker
+from raybert.worker import VOCABULARY, Begin, Job, train_ray_worker, train_worker
 
 CONFIG, SKIPPED, INDEX, BASELINES = "config.yaml", "skipped_records.json", "index", "baselines.json"
 POLL_S = 0.3
 MAX_BAD_RECORDS = 20  # after so many, a file that is refused is not read on
-RAISED_LIMIT, DIED_LIMIT = 3, 10  # equal failures at one step that end a run: raised by code, or with a dead worker
 
 
 def run(config: Config, verbose: bool = False) -> int:
@@ -43,15 +44,35 @@ def run(config: Config, verbose: bool = False) -> int:
     Raises:
         UserError: something the user can mend; the run, if there is one, can be resumed.
     """
+    cluster.quiet(verbose)
     config = preflight.resolve(config)
     run_dir = Directory(config.run_dir)
-    run_dir.check_writable("run_dir")
-    with Display(config.training.num_steps) as display:
+    preflight.check_run_dir(run_dir)
+    with Display(config.training.num_steps) as display, _terminable() as received:
         try:
             return _run(config, run_dir, display, verbose)
         except KeyboardInterrupt:
             display.line(f"Interrupted; the same command resumes the run in {run_dir.uri}.")
-            return 130
+            return 128 + (received[0] if received else signal.SIGINT)
+
+
+@contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """SIGTERM, by which schedulers end a job, interrupts as Ctrl-C does; gives a list that then holds its number."""
+    received: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(config: Config, run_dir: Directory, display: Display, verbose: bool) -> int:
@@ -105,7 +126,7 @@ def _index(files: Sequence[File], option: str, config: Config, run_dir: Director
     Raises:
         UserError: a file is damaged or does not fit the configuration, or there is no sample.
     """
-    _announce_copies(files, run_dir, display)
+    _announce_copies(files, option, run_dir, display)
     skip = config.data.on_bad_record == "skip"
     schema, cache = preflight.schema(config), run_dir / INDEX
     build = partial(index_shard, schema=schema, cache=cache, max_bad=None if skip else MAX_BAD_RECORDS)
@@ -135,10 +156,17 @@ def _built(build: Any, files: Sequence[File]) -> Iterator[Shard]:
             raise (error.cause if isinstance(error.cause, UserError) else error) from error
 
 
-def _announce_copies(files: Sequence[File], run_dir: Directory, display: Display) -> None:
+def _announce_copies(files: Sequence[File], option: str, run_dir: Directory, display: Display) -> None:
+    """Say what will be copied; opening every file for that shows which cannot be read."""
+
     def is_compressed(file: File) -> bool:
-        with open_input(file.path) as source:
-            return bool(compression(source.read(64)))
+        try:
+            with open_input(file.path) as source:
+                return bool(compression(source.read(64)))
+        except OSError as error:
+            raise UserError(
+                f"{option}: cannot read {file.path}: {error}; restore the file or correct its permissions."
+            ) from error
 
     with ThreadPoolExecutor(16) as pool:
         sizes = [
@@ -216,7 +244,8 @@ def _fit(job: Job, display: Display) -> None:
     Raises:
         UserError: what a worker could not do for the user's sake, or a crash loop.
     """
-    inbox: Any = ray.remote(num_cpus=0)(Inbox).remote()
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    inbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Inbox).remote()  # other nodes may go
     outcome: list[BaseException | None] = []
 
     def fit() -> None:
@@ -236,7 +265,7 @@ def _fit(job: Job, display: Display) -> None:
     for event in ray.get(inbox.take.remote()):
         display.show(event)
     if outcome[0] is not None:
-        raise _cause(outcome[0])
+        raise cause_of(outcome[0])
 
 
 def _trainer(job: Job, post: Post) -> TorchTrainer:
@@ -258,56 +287,16 @@ def _trainer(job: Job, post: Post) -> TorchTrainer:
         storage_path=job.run.path,
         storage_filesystem=job.run.filesystem,
         failure_config=FailureConfig(max_failures=-1),
-        callbacks=[StopRetrying()],
+        callbacks=[StopRetrying(job.run, post)],
     )
     return TorchTrainer(
-        partial(train_worker, remote),
+        partial(train_ray_worker, remote),
         torch_config=TorchConfig(timeout_s=int(config.cluster.collective_timeout_s)),
         scaling_config=scaling,
         run_config=run,
         datasets={ingest.TRAIN: ingest.placeholder()},
         dataset_config=ingest.AttemptConfig(job.order, index, config.training.num_steps, Begin(job.run, post)),
     )
-
-
-@dataclass
-class StopRetrying(UserCallback):
-    """Ends the run where another attempt would fail alike: our own errors at once, others in a crash loop.
-
-    Runs in Ray Train's controller, which ends a run when a callback raises.
-    """
-
-    newest: tuple[str, ...] = ()
-    count: int = field(default=0)
-
-    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        """Raises:
-        UserError: the run is not to be retried.
-        """
-        causes = [_cause(error) for _, error in sorted(worker_exceptions.items())]
-        for cause in causes:
-            if isinstance(cause, UserError):
-                raise cause
-        died = any(isinstance(cause, RayActorError) for cause in causes)
-        raised = [cause for cause in causes if not isinstance(cause, RayActorError)]
-        steps = [note for cause in raised for note in getattr(cause, "__notes__", [])]
-        failure = (*steps[:1], "a worker died" if died else f"{type(raised[0]).__name__}: {raised[0]}")
-        self.count = self.count + 1 if failure == self.newest else 1
-        self.newest = failure
-        if steps and self.count >= (DIED_LIMIT if died else RAISED_LIMIT):
-            raise UserError(
-                f"The run failed {self.count} times alike, {' with '.join(failure)}. Its checkpoints are intact."
-            )
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What was raised, out of the wrappers of Ray and Ray Train."""
-    if isinstance(error, ControllerError):
-        return _cause(error.controller_failure)
-    if isinstance(error, RayTaskError) and error.cause is not None:
-        return _cause(error.cause)
-    inner = getattr(error, "_base_exc", None)  # Ray Train's wrapper of a worker's exception has no public name for it
-    return error if inner is None else _cause(inner)
 
 
 def _print_result(run_dir: Directory, display: Display) -> None:

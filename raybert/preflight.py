@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from raybert.checkpoint import Checkpoint, newest_checkpoint
 from raybert.checks import check_config
-from raybert.config import Config
+from raybert.cluster import is_local
+from raybert.config import ClusterConfig, Config
 from raybert.errors import UserError
+from raybert.example import Schema
 from raybert.index import Index
 from raybert.model import BertForPreTraining, check_model_config
 from raybert.optim import check_optimizer_config
 from raybert.order import SampleOrder, steps_per_window
 from raybert.pretrained import check_vocabulary, load_pretrained, read_bert_config, read_vocabulary
 from raybert.storage import Directory, absolute, local_file
-from raybert.tfrecord import Schema
 
 
 def resolve(config: Config) -> Config:
@@ -29,18 +32,42 @@ def resolve(config: Config) -> Config:
     """
     check_config(config)
     if config.bert_config_file is not None:
-        with local_file(config.bert_config_file) as path:
+        with _option("bert_config_file", config.bert_config_file), local_file(config.bert_config_file) as path:
             config = replace(config, model=read_bert_config(path), bert_config_file=None)
         check_config(config)
     check_model_config(config.model)
     check_optimizer_config(config.optimizer, config.training.num_steps)
+    _check_gpus(config.cluster)
     data, training = config.data, config.training
     if data.vocab_file is not None:
         read_tokens(data.vocab_file, config)
         data = replace(data, vocab_file=absolute(data.vocab_file))
     if training.init_checkpoint is not None:
-        training = replace(training, init_checkpoint=_initial_weights(training.init_checkpoint))
+        with _option("training.init_checkpoint", training.init_checkpoint):
+            training = replace(training, init_checkpoint=_initial_weights(training.init_checkpoint))
     return replace(config, run_dir=absolute(config.run_dir), data=data, training=training)
+
+
+def check_run_dir(run: Directory) -> None:
+    """Refuse a run directory that cannot be reached or not be written.
+
+    Raises:
+        UserError: naming it and the reason.
+    """
+    if not run.is_local:
+        with _option("run_dir", run.uri):
+            run.names()  # a store that does not answer says so sooner than to a write
+    run.check_writable("run_dir")
+
+
+def _check_gpus(config: ClusterConfig) -> None:
+    """Refuse GPUs where the run stays on this machine, which has none; a cluster's are counted there."""
+    here = config.worker_range()[1] == 0 or is_local()
+    if config.use_gpu and here and not torch.cuda.is_available():
+        raise UserError(
+            f"cluster.use_gpu is true, but torch {torch.__version__} finds no GPU on this machine (CUDA of this build: "
+            f"{torch.version.cuda}); set cluster.use_gpu to false, mend the driver, or name a cluster in RAY_ADDRESS."
+        )
 
 
 def read_tokens(vocab_file: str, config: Config) -> list[str]:
@@ -49,12 +76,22 @@ def read_tokens(vocab_file: str, config: Config) -> list[str]:
     Raises:
         UserError: it is absent, unreadable or not the model's.
     """
+    with _option("data.vocab_file", vocab_file), local_file(vocab_file) as path:
+        check_vocabulary(path, config.model)
+        return read_vocabulary(path)
+
+
+@contextmanager
+def _option(name: str, value: str) -> Iterator[None]:
+    """Errors of what the setting's value names begin with the setting."""
     try:
-        with local_file(vocab_file) as path:
-            check_vocabulary(path, config.model)
-            return read_vocabulary(path)
-    except FileNotFoundError as error:
-        raise UserError(f"data.vocab_file: {error}; correct the path.") from error
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    except OSError as error:
+        raise UserError(
+            f"{name}: cannot read {value!r}: {error}; check the path, the network and the credentials."
+        ) from error
 
 
 def _initial_weights(path: str) -> str:
@@ -65,7 +102,7 @@ def _initial_weights(path: str) -> str:
     checkpoint = newest_checkpoint(directory, lambda _: None)
     if checkpoint is None:
         raise UserError(
-            f"training.init_checkpoint: {path!r} holds neither a config.json nor a run with a checkpoint; give a "
+            f"{path!r} holds neither a config.json nor a run with a checkpoint; give a "
             "transformers directory, a raybert checkpoint or a run directory."
         )
     return checkpoint.directory.uri
@@ -77,8 +114,9 @@ def check_initial_weights(config: Config) -> str:
     Raises:
         UserError: it does not fit the model.
     """
-    assert config.training.init_checkpoint is not None
-    with Directory(config.training.init_checkpoint).local() as path:
+    source = config.training.init_checkpoint
+    assert source is not None
+    with _option("training.init_checkpoint", source), Directory(source).local() as path:
         return str(load_pretrained(BertForPreTraining(config.model), path))
 
 

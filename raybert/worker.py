@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from raybert.checkpoint import Saver, Writer, newest_checkpoint, open_checkpoint
 from raybert.config import Config
 from raybert.evaluate import evaluate
 from raybert.events import Event, Tell
+from raybert.failures import AT_STEP
 from raybert.feed import Layout, RankBatch, local_batches, rank_batches
 from raybert.history import Attempt, StepRecord, begin_attempt
 from raybert.index import Index
@@ -27,7 +29,7 @@ from raybert.pretrained import load_pretrained
 from raybert.step import TrainState, create_state, settle_buckets
 from raybert.storage import Directory
 from raybert.telemetry import EVAL, TRAIN, Telemetry, training_summary
-from raybert.world import World
+from raybert.world import CPU, World
 
 VOCABULARY = "vocab.txt"
 
@@ -82,19 +84,29 @@ def train_worker(job: Job) -> None:
         try:
             result = train(state, batches, job.config, world, attempt.number, _evaluator(job, state, world), recorder)
         except Exception as error:
-            error.add_note(f"at step {state.step}")
+            error.add_note(f"{AT_STEP}{state.step}")
             raise
         if recorder:
             recorder.finish(state, result.records, result.train, result.evaluation)
 
 
+def train_ray_worker(job: Job) -> None:
+    """As `train_worker`; an error takes its traceback along as a note, since Ray Train hands on the error alone."""
+    try:
+        train_worker(job)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        raise
+
+
 def _join(job: Job) -> tuple[World, Attempt, Iterator[RankBatch]]:
     """This rank's world, the attempt it belongs to, and its batches."""
     num_steps = job.config.training.num_steps
+    device = get_device() if job.config.cluster.use_gpu else CPU
     if job.config.cluster.worker_range()[1] == 0:
-        world, attempt = World(), Begin(job.run, job.tell)(1)
+        world, attempt = World(device=device), Begin(job.run, job.tell)(1)
         return world, attempt, local_batches(Layout(job.order, 1, attempt.start_step, num_steps), job.index)
-    world = World.current(get_device())
+    world = World.current(device)
     iterator = ray.train.get_dataset_shard(ingest.TRAIN)
     attempt = iterator.attempt
     layout = Layout(job.order, world.size, attempt.start_step, num_steps)

@@ -1,11 +1,14 @@
 """Fixtures that more than one test file uses."""
 
+import hypothesis
 import pytest
 import torch
 from helpers import SAMPLE_FILE, SAMPLE_SCHEMA, build_index, tiny_index
 
 from raybert.storage import Directory
 
+hypothesis.settings.register_profile("shared", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("shared")
 torch.set_num_threads(1)  # a second thread only slows models as small as these down
 
 

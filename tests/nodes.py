@@ -14,6 +14,9 @@ from ray.cluster_utils import Cluster
 
 from raybert.storage import Directory
 
+# More torch threads than cores: those that wait must not spin, or everybody crawls.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 RUN = Path(__file__).parents[1] / "run.py"
 PACED = Path(__file__).parent / "paced.py"
 NODE = {"num_cpus": 2, "object_store_memory": 150_000_000}  # room for one worker of two CPUs
@@ -34,14 +37,14 @@ def cluster(num_nodes):
 
 
 @contextmanager
-def running(address, *arguments, step_s=0.0):
+def running(address, *arguments, pace=None):
     """The command `run.py train`, in a process group of its own, against a cluster (None: its own local Ray).
 
-    Steps take at least `step_s` seconds.
+    Steps take at least the seconds that the file `pace` holds.
     """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_ADDRESS": address} if address else {}
-    program = [str(PACED), str(step_s)] if step_s else [str(RUN)]
+    program = [str(PACED), str(pace)] if pace else [str(RUN)]
     command = [sys.executable, *program, "train", *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(

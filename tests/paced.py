@@ -1,15 +1,17 @@
-"""`run.py train` at a pace that does not depend on the machine: python paced.py SECONDS_PER_STEP train ...
+"""`run.py train` at a pace that a test sets: python paced.py FILE train ...
 
-Every step of every worker takes at least so long, so that a test can meet a run half-way. All else is the real thing.
+The file holds the seconds that every step of every worker takes at least, so that a test can meet a run half-way and
+then let it go, whatever the machine's speed. All else is the real thing.
 """
 
 import sys
 import time
+from pathlib import Path
 
 from raybert import cli, launch, loop
 from raybert.worker import Job, train_worker
 
-STEP_S = float(sys.argv[1])
+PACE = Path(sys.argv[1])
 
 
 def paced_worker(job: Job) -> None:
@@ -17,7 +19,7 @@ def paced_worker(job: Job) -> None:
     real_step = loop.train_step
 
     def slow_step(*arguments):
-        time.sleep(STEP_S)
+        time.sleep(float(PACE.read_text()))
         return real_step(*arguments)
 
     loop.train_step = slow_step

@@ -1,5 +1,9 @@
 """Elasticity and exactness through a real TorchTrainer on real clusters: several raylets, real kills, real files."""
 
+import itertools
+import os
+import signal
+
 import pytest
 import torch
 from helpers import SAMPLE_FILE, SAMPLE_SCHEMA, build_index
@@ -45,6 +49,14 @@ def last_weights(run_dir):
     return torch.cat([tensors[name].ravel() for name in sorted(tensors)])
 
 
+@pytest.fixture
+def pace(tmp_path):
+    """Seconds per step of a paced run."""
+    path = tmp_path / "pace"
+    path.write_text("0.5")
+    return path
+
+
 def relative_distance(a, b):
     return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
 
@@ -86,25 +98,23 @@ def undisturbed(tmp_path_factory):
     return weights
 
 
-def test_a_node_dies_and_one_joins(tmp_path, records, undisturbed):
+def test_a_node_dies_and_one_joins(tmp_path, pace, records, undisturbed):
     """3 -> 2 -> 3 workers: every position once, and the weights of an undisturbed run."""
-    num_steps = 150
-    with cluster(3) as nodes:
-        arguments = flags(
-            tmp_path, training__num_steps=num_steps, cluster__num_workers="1,3", cluster__cpus_per_worker=2
-        )
-        with running(nodes.address, *arguments, step_s=0.25) as process:
-            wait_until(lambda: logged_steps(tmp_path)[-1:] >= [12], process)
-            nodes.remove_node(nodes.list_all_nodes()[-1], allow_graceful=False)
-            wait_until(lambda: len(attempts(tmp_path)) > 1 and attempts(tmp_path)[-1][0] == 2, process)
-            wait_until(lambda: logged_steps(tmp_path)[-1] >= attempts(tmp_path)[-1][1] + 6, process)
-            nodes.add_node(**NODE)
-            wait_until(lambda: attempts(tmp_path)[-1][0] == 3, process)
-            finish(process)
-    sizes = assert_exactly_once(tmp_path, num_steps, records)
-    changes = [sizes[0], *(after for before, after in zip(sizes, sizes[1:], strict=False) if after != before)]
+    num_steps, run_dir = 150, tmp_path / "run"
+    settings = {"training__num_steps": num_steps, "cluster__num_workers": "1,3", "cluster__cpus_per_worker": 2}
+    with cluster(3) as nodes, running(nodes.address, *flags(run_dir, **settings), pace=pace) as process:
+        wait_until(lambda: logged_steps(run_dir)[-1:] >= [12], process)
+        nodes.remove_node(nodes.list_all_nodes()[-1], allow_graceful=False)
+        wait_until(lambda: attempts(run_dir)[-1][0] == 2, process)
+        wait_until(lambda: logged_steps(run_dir)[-1] >= attempts(run_dir)[-1][1] + 6, process)
+        nodes.add_node(**NODE)
+        wait_until(lambda: attempts(run_dir)[-1][0] == 3, process)
+        pace.write_text("0")
+        finish(process)
+    sizes = assert_exactly_once(run_dir, num_steps, records)
+    changes = [sizes[0], *(after for before, after in itertools.pairwise(sizes) if after != before)]
     assert changes == [3, 2, 3]
-    assert relative_distance(last_weights(tmp_path), undisturbed(num_steps)) <= 1e-5
+    assert relative_distance(last_weights(run_dir), undisturbed(num_steps)) <= 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +132,7 @@ def test_seven_workers_share_a_batch_of_32(tmp_path, records, undisturbed):
     assert relative_distance(last_weights(tmp_path), undisturbed(20)) <= 1e-5
 
 
-def test_a_killed_run_equals_an_uninterrupted_one_at_two_workers(tmp_path, records, two_nodes):
+def test_a_killed_run_equals_an_uninterrupted_one_at_two_workers(tmp_path, pace, records, two_nodes):
     """Bitwise, with dropout, through Ray: the driver is killed, and the same command goes on."""
     settings = {
         "training__num_steps": 40,
@@ -134,7 +144,7 @@ def test_a_killed_run_equals_an_uninterrupted_one_at_two_workers(tmp_path, recor
     with running(two_nodes.address, *flags(tmp_path / "whole", **settings)) as process:
         finish(process)
     killed = flags(tmp_path / "killed", **settings)
-    with running(two_nodes.address, *killed, step_s=0.25) as process:
+    with running(two_nodes.address, *killed, pace=pace) as process:
         wait_until(lambda: logged_steps(tmp_path / "killed")[-1:] >= [13], process)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
