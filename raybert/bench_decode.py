@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from raybert.bench_data import schema
 from raybert.compression import decompress
 from raybert.config import Config
 from raybert.example import Schema, decode
 from raybert.figure import Figure, measured, ratio
+from raybert.preflight import schema
 from raybert.storage import find_files, open_input
 from raybert.tfrecord import find_records, frame
 

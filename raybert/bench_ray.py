@@ -17,12 +17,13 @@ from ray.data import DataIterator
 
 from raybert import cluster, ingest
 from raybert.allocator import MALLOC
-from raybert.bench_data import build_index, sample_order
+from raybert.bench_data import build_index
 from raybert.bench_step import environment, run_alone
 from raybert.config import Config
 from raybert.config_file import config_to_yaml
 from raybert.feed import Layout, rank_batches
 from raybert.figure import Figure, measured, ratio
+from raybert.preflight import sample_order
 from raybert.storage import Directory
 from raybert.telemetry import TRAIN, read_metrics
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 
 from raybert.allocator import MALLOC
 from raybert.config import ClusterConfig
@@ -22,7 +23,7 @@ ADDRESS, LOCAL = "RAY_ADDRESS", "local"
 CONNECT_TIMEOUT_S = 5
 LOCAL_FEED_CPUS = 2  # logical CPUs beyond the workers', for the feed's tasks
 ENVIRONMENT = {
-    # Ray Train's defaults wait long; RAY.md of every deployment says what each does.
+    # Ray Train's defaults, above all for noticing what went wrong, are several times as long.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
@@ -42,6 +43,20 @@ class Node:
 def is_local() -> bool:
     """Whether a run starts its own Ray on this machine: no cluster is named."""
     return os.environ.get(ADDRESS, LOCAL) in ("", LOCAL)
+
+
+def check_gpus(config: ClusterConfig) -> None:
+    """Refuse GPUs where the run stays on this machine, which has none; a cluster's are counted there.
+
+    Raises:
+        UserError: with what torch finds, and the remedy.
+    """
+    here = config.worker_range()[1] == 0 or is_local()
+    if config.use_gpu and here and not torch.cuda.is_available():
+        raise UserError(
+            f"cluster.use_gpu is true, but torch {torch.__version__} finds no GPU on this machine (CUDA of this build: "
+            f"{torch.version.cuda}); set cluster.use_gpu to false, mend the driver, or name a cluster in RAY_ADDRESS."
+        )
 
 
 @contextmanager

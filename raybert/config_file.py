@@ -71,6 +71,15 @@ def load_settings(name_or_path: str) -> list[Setting]:
     return read_settings(text, str(path))
 
 
+def load_config(name_or_path: str) -> Config:
+    """The configuration of a YAML file, or a shipped one by its name.
+
+    Raises:
+        UserError: there is none, or it is wrong.
+    """
+    return build_config(load_settings(name_or_path))
+
+
 def shipped_names() -> list[str]:
     return sorted(path.stem for path in SHIPPED_DIR.glob("*.yaml"))
 

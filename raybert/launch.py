@@ -46,6 +46,7 @@ def run(config: Config, verbose: bool = False) -> int:
     """
     cluster.quiet(verbose)
     config = preflight.resolve(config)
+    cluster.check_gpus(config.cluster)
     run_dir = Directory(config.run_dir)
     preflight.check_run_dir(run_dir)
     with Display(config.training.num_steps) as display, _terminable() as received:

@@ -8,12 +8,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from raybert.checkpoint import Checkpoint, newest_checkpoint
 from raybert.checks import check_config
-from raybert.cluster import is_local
-from raybert.config import ClusterConfig, Config
+from raybert.config import Config
 from raybert.errors import UserError
 from raybert.example import Schema
 from raybert.index import Index
@@ -37,7 +35,6 @@ def resolve(config: Config) -> Config:
         check_config(config)
     check_model_config(config.model)
     check_optimizer_config(config.optimizer, config.training.num_steps)
-    _check_gpus(config.cluster)
     data, training = config.data, config.training
     if data.vocab_file is not None:
         read_tokens(data.vocab_file, config)
@@ -58,16 +55,6 @@ def check_run_dir(run: Directory) -> None:
         with _option("run_dir", run.uri):
             run.names()  # a store that does not answer says so sooner than to a write
     run.check_writable("run_dir")
-
-
-def _check_gpus(config: ClusterConfig) -> None:
-    """Refuse GPUs where the run stays on this machine, which has none; a cluster's are counted there."""
-    here = config.worker_range()[1] == 0 or is_local()
-    if config.use_gpu and here and not torch.cuda.is_available():
-        raise UserError(
-            f"cluster.use_gpu is true, but torch {torch.__version__} finds no GPU on this machine (CUDA of this build: "
-            f"{torch.version.cuda}); set cluster.use_gpu to false, mend the driver, or name a cluster in RAY_ADDRESS."
-        )
 
 
 def read_tokens(vocab_file: str, config: Config) -> list[str]:
