@@ -42,7 +42,7 @@ def _weighted_sums(logits: Tensor, labels: Tensor, weights: Tensor) -> PartSums:
     # At least fp32, also under autocast; summed in float64, so that the total hardly depends on how a batch was cut.
     precise = logits if logits.dtype == torch.float64 else logits.float()
     cross_entropy = F.cross_entropy(precise, labels, reduction="none")
-    correct = logits.detach().argmax(dim=-1) == labels
+    correct = precise.detach().argmax(dim=-1) == labels
     return (weights * cross_entropy).sum(), weights.sum(), (weights * correct).sum()
 
 
