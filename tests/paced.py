@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from raybert import cli, launch, loop
-from raybert.worker import Job, train_worker
+from raybert.worker import Job, train_ray_worker
 
 PACE = Path(sys.argv[1])
 
@@ -23,9 +23,9 @@ def paced_worker(job: Job) -> None:
         return real_step(*arguments)
 
     loop.train_step = slow_step
-    train_worker(job)
+    train_ray_worker(job)
 
 
 if __name__ == "__main__":
-    launch.train_worker = paced_worker
+    launch.train_ray_worker = paced_worker
     sys.exit(cli.main(sys.argv[2:]))
