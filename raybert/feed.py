@@ -169,7 +169,7 @@ def rank_batches(blocks: Iterable[pa.Table], layout: Layout, rank: int) -> Itera
                 _check_arrival(batch, layout.order, mine, rank)
                 yield batch
             step += 1
-    if step < layout.num_steps:
+    if max(step, layout.start_step) < layout.num_steps:
         raise FeedError(
             f"rank {rank}, step {max(step, layout.start_step)}: the feed ended before step {layout.num_steps}"
         )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
+from raybert.errors import UserError
 from raybert.order import Samples
 from raybert.storage import Directory
 
@@ -39,8 +40,8 @@ class Attempt:
     started_at: str
 
 
-class FencedError(RuntimeError):
-    """A newer attempt owns the run: this one must not write any more."""
+class FencedError(UserError):
+    """A newer attempt owns the run: this one must not write any more, and trying again would only fence the other."""
 
 
 def newest_attempt(run: Directory) -> int:
@@ -70,7 +71,10 @@ def check_newest(run: Directory, attempt: int) -> None:
     """
     newest = newest_attempt(run)
     if newest != attempt:
-        raise FencedError(f"attempt {attempt} may not write: attempt {newest} owns the run {run.uri}")
+        raise FencedError(
+            f"run_dir: attempt {attempt} may not write to {run.uri} any more, since attempt {newest} has taken the run "
+            "over; let that one go on, or give this run another run_dir."
+        )
 
 
 @dataclass(frozen=True)

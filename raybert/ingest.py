@@ -35,7 +35,7 @@ class WindowSource(Datasource):
 
     def get_read_tasks(self, *_: object, **__: object) -> list[ReadTask]:
         """One task for every `windows_per_task` windows, whatever parallelism Ray would like."""
-        windows = self._layout.windows
+        windows = self._layout.windows or range(1)  # a run at its end has none, but a dataset needs a task
         size = windows_per_task(len(windows))
         metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
         return [

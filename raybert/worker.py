@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from raybert.telemetry import EVAL, TRAIN, Telemetry, training_summary
 from raybert.world import CPU, World
 
 VOCABULARY = "vocab.txt"
+LATE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,15 @@ def train_worker(job: Job) -> None:
     """Train this rank's part of an attempt, from its checkpoint to the last step."""
     torch.set_num_threads(job.config.cluster.cpus_per_worker)
     world, attempt, batches = _join(job)
+    if attempt.start_step >= job.config.training.num_steps:
+        return  # the attempt before died between its last checkpoint and its end
     state = create_state(job.config.model, job.config.training, job.config.optimizer, world)
     _initialize(state, job, attempt)
     settle_buckets(state, job.config.data.max_seq_length, job.config.training, world)
     with tempfile.TemporaryDirectory(prefix="raybert-") as scratch:
         recorder = Recorder(job, attempt, Path(scratch)) if world.is_first else None
+        if world.is_first:
+            batches = _warn_if_late(batches, job.tell)
         try:
             result = train(state, batches, job.config, world, attempt.number, _evaluator(job, state, world), recorder)
         except Exception as error:
@@ -111,6 +117,20 @@ def _join(job: Job) -> tuple[World, Attempt, Iterator[RankBatch]]:
     attempt = iterator.attempt
     layout = Layout(job.order, world.size, attempt.start_step, num_steps)
     return world, attempt, rank_batches(ingest.blocks(iterator), layout, world.rank)
+
+
+def _warn_if_late(batches: Iterator[RankBatch], tell: Tell) -> Iterator[RankBatch]:
+    """The batches; a warning if the first does not come."""
+    text = (
+        f"no batch has arrived for {LATE_S:.0f} s; if that goes on, the feed has no CPU: lower cluster.num_workers or "
+        "cluster.cpus_per_worker, or add CPUs."
+    )
+    timer = threading.Timer(LATE_S, tell, [Event("warning", text=text)])
+    timer.daemon = True
+    timer.start()
+    for batch in batches:
+        timer.cancel()
+        yield batch
 
 
 def _initialize(state: TrainState, job: Job, attempt: Attempt) -> None:
