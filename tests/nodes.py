@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,15 @@ def running(address, *arguments, pace=None):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def drain(cluster, node, deadline_s):
+    """Give a node the notice that it will be taken away, and take it away after the deadline."""
+    notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "notice"]
+    command = ["ray", "drain-node", "--address", cluster.address, "--node-id", node.node_id, *notice]
+    command += ["--deadline-remaining-seconds", str(deadline_s)]
+    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command[1:]], check=True, capture_output=True)
+    threading.Timer(deadline_s, cluster.remove_node, (node, False)).start()
 
 
 def finish(process, timeout_s=300):
