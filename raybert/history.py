@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from raybert.errors import UserError
 from raybert.order import Samples
@@ -133,6 +134,6 @@ def read_history(run: Directory, checkpoint: str | None) -> list[StepRecord]:
     return [record for records in reversed(chain) for record in records]
 
 
-def _record(row: dict[str, object]) -> StepRecord:
-    arrivals = tuple(Arrival(*arrival) for arrival in row["arrivals"])  # type: ignore[attr-defined]
-    return StepRecord(int(str(row["step"])), int(str(row["attempt"])), arrivals, row.get("skipped"))  # type: ignore[arg-type]
+def _record(row: dict[str, Any]) -> StepRecord:
+    arrivals = tuple(Arrival(*arrival) for arrival in row["arrivals"])
+    return StepRecord(row["step"], row["attempt"], arrivals, row.get("skipped"))
