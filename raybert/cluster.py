@@ -69,7 +69,7 @@ def connected(config: ClusterConfig, verbose: bool) -> Iterator[None]:
     for name, value in {**ENVIRONMENT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.start_timeout_s)}.items():
         os.environ.setdefault(name, value)
     settings: dict[str, Any] = {
-        "runtime_env": {"env_vars": MALLOC},
+        "runtime_env": {"env_vars": {**MALLOC, **_own_state_api()}},
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
     }
@@ -86,6 +86,18 @@ def connected(config: ClusterConfig, verbose: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _own_state_api() -> dict[str, str]:
+    """Where Ray Train's cleaner of placement groups asks whether its controller lives.
+
+    Left to itself it asks any Ray that it finds on the machine; one that does not know the controller makes it kill the
+    workers. Our local Ray has no dashboard to ask, so nobody answers there, which the cleaner takes for a short outage.
+    """
+    if is_local():
+        return {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
+    host, _, port = os.environ[ADDRESS].rpartition(":")
+    return {"RAY_API_SERVER_ADDRESS": os.environ[ADDRESS]} if host and port.isdigit() else {}
 
 
 def _join(address: str, settings: dict[str, Any]) -> None:
