@@ -177,7 +177,6 @@ class Recorder:
 
     def save(self, state: TrainState, records: list[StepRecord]) -> None:
         """Save a checkpoint behind the next steps."""
-        self._telemetry.sync()
         self._saver.save(state, records)
 
     def finish(
@@ -192,7 +191,12 @@ class Recorder:
         self._saver.finish(state, records)
 
     def _committed(self, name: str) -> None:
+        """Runs behind the next steps: a storage that fails must not stop them."""
         self._tell(Event("checkpoint", text=name))
+        try:
+            self._telemetry.sync()
+        except OSError as error:
+            self._warn(f"metrics could not be brought to the run directory: {error}")
 
     def _warn(self, text: str) -> None:
         self._tell(Event("warning", text=text))

@@ -24,10 +24,11 @@ NODE = {"num_cpus": 2, "object_store_memory": 150_000_000}  # room for one worke
 
 
 @contextmanager
-def cluster(num_nodes):
+def cluster(num_nodes, include_dashboard=False):
     """A head that feeds, with no room for a worker, and nodes with room for one worker each."""
     with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as directory:
-        head = {"num_cpus": 1, "object_store_memory": 300_000_000, "include_dashboard": False, "temp_dir": directory}
+        head = {"num_cpus": 1, "object_store_memory": 300_000_000, "temp_dir": directory}
+        head["include_dashboard"] = include_dashboard
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(num_nodes):

@@ -170,3 +170,13 @@ def test_a_drained_node_is_left(tmp_path, pace, records, undisturbed, two_nodes)
         finish(process)
     assert sorted(set(assert_exactly_once(run_dir, num_steps, records))) == [1, 2]
     assert relative_distance(last_weights(run_dir), undisturbed(num_steps)) <= 1e-5
+
+
+def test_another_ray_on_this_machine_kills_no_worker(tmp_path, pace, records):
+    """Its dashboard knows nothing of our controller; Ray Train's cleaner once took that for the controller's death."""
+    with cluster(0, include_dashboard=True):
+        settings = {"training__num_steps": 30, "cluster__num_workers": 1}
+        with running(None, *flags(tmp_path / "run", **settings), pace=pace) as process:
+            finish(process)
+    assert attempts(tmp_path / "run") == [(1, 0)]
+    assert_exactly_once(tmp_path / "run", 30, records)
