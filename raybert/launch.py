@@ -309,4 +309,5 @@ def _print_result(run_dir: Directory, display: Display) -> None:
         display.held_out(evaluations[-1], json.loads(run_dir.read(BASELINES)))
     display.line(f"Checkpoint: {checkpoint.directory.uri}")
     display.line("Open it with transformers:")
-    display.line(f'  BertForPreTraining.from_pretrained("{checkpoint.directory.uri}")')
+    model = f'BertForPreTraining.from_pretrained("{checkpoint.directory.uri}")'
+    display.line(f"  from transformers import BertForPreTraining; model = {model}")
