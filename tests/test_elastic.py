@@ -157,14 +157,13 @@ def test_a_killed_run_equals_an_uninterrupted_one_at_two_workers(tmp_path, pace,
     assert torch.equal(last_weights(tmp_path / "killed"), last_weights(tmp_path / "whole"))
 
 
-def test_a_drained_node_is_left(tmp_path, pace, records, undisturbed, two_nodes):
+def test_a_drained_node_is_left(tmp_path, pace, records, undisturbed):
     """2 -> 1 workers after a preemption notice: every position once, and the weights of an undisturbed run."""
     num_steps, run_dir = 60, tmp_path / "run"
     settings = {"training__num_steps": num_steps, "cluster__num_workers": "1,2", "cluster__cpus_per_worker": 2}
-    doomed = two_nodes.list_all_nodes()[-1]
-    with running(two_nodes.address, *flags(run_dir, **settings), pace=pace) as process:
+    with cluster(2) as nodes, running(nodes.address, *flags(run_dir, **settings), pace=pace) as process:
         wait_until(lambda: logged_steps(run_dir)[-1:] >= [7], process)
-        drain(two_nodes, doomed, deadline_s=5)
+        drain(nodes, nodes.list_all_nodes()[-1], deadline_s=5)
         wait_until(lambda: attempts(run_dir)[-1][0] == 1, process)
         pace.write_text("0")
         finish(process)
