@@ -53,9 +53,7 @@ def test_only_the_newest_attempt_may_write(run):
     check_newest(run, first.number)
     second = begin_attempt(run, 2, 0, None)
     check_newest(run, second.number)
-    with pytest.raises(
-        FencedError, match=r"attempt 1 may not write .* since attempt 2 .*another run_dir"
-    ):
+    with pytest.raises(FencedError, match=r"attempt 1 may not write .* since attempt 2 .*another run_dir"):
         check_newest(run, first.number)
 
 
