@@ -107,6 +107,7 @@ def progress_line(step: int, num_steps: int, metrics: Mapping[str, float], left_
         f"lr {metrics['learning_rate']:.2e}",
         f"{metrics['samples_per_s']:,.0f} samples/s",
         f"{metrics['tokens_per_s']:,.0f} tokens/s",
+        *([f"mfu {metrics['mfu']:.1%}"] if "mfu" in metrics else []),
         f"wait {metrics['data_wait']:.1%}",
         f"{metrics['world_size']:.0f} workers" if metrics["world_size"] != 1 else "1 worker",
         *([f"{duration(left_s)} left"] if left_s is not None else []),

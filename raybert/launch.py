@@ -28,6 +28,7 @@ from raybert.errors import UserError
 from raybert.evaluate import unigram_loss
 from raybert.events import Event
 from raybert.failures import StopRetrying, cause_of
+from raybert.gauges import Gauges
 from raybert.index import Index, Shard, check_shards, index_shard
 from raybert.storage import Directory, File, find_files, local_file, open_input
 from raybert.telemetry import EVAL, read_metrics
@@ -259,12 +260,14 @@ def _fit(job: Job, display: Display) -> None:
     # Not in the main thread: there Ray Train takes over Ctrl-C.
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    while thread.is_alive():
+    gauges, alive = Gauges(job.run, job.config), True
+    while alive:
         thread.join(POLL_S)
+        alive = thread.is_alive()  # asked before the events are taken, so that none is left behind
         for event in ray.get(inbox.take.remote()):
             display.show(event)
-    for event in ray.get(inbox.take.remote()):
-        display.show(event)
+            gauges.show(event)
+        gauges.refresh()
     if outcome[0] is not None:
         raise cause_of(outcome[0])
 

@@ -11,9 +11,10 @@ from typing import Protocol
 
 import torch
 
-from raybert.config import Config
+from raybert.config import Config, TrainingConfig
 from raybert.errors import UserError
 from raybert.feed import RankBatch
+from raybert.flops import peak_flops
 from raybert.history import Arrival, StepRecord, samples_checksum
 from raybert.loss import Sums
 from raybert.optim import learning_rate
@@ -40,43 +41,58 @@ class Result:
 
 @dataclass
 class Meter:
-    """Sums of the steps since the last drain; draining is the only time that the device is waited for."""
+    """Sums of the steps since the last drain; draining is the only time that the device is waited for.
+
+    Args:
+        world: of the ranks that are measured.
+        global_batch_size: samples of a step.
+        peak_flops: operations a second that this rank's device can do; NaN if not known.
+    """
 
     world: World
     global_batch_size: int
+    peak_flops: float
     sums: Sums
-    num_tokens: int = 0
     num_steps: int = 0
+    num_tokens: int = 0
+    flops: int = 0
     wait_s: float = 0.0
     started_at_s: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def start(cls, world: World, global_batch_size: int) -> Meter:
-        return cls(world, global_batch_size, Sums.zero(world.device))
+    def start(cls, world: World, training: TrainingConfig) -> Meter:
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+        peak = peak_flops(name, training.precision)
+        return cls(world, training.global_batch_size, math.nan if peak is None else peak, Sums.zero(world.device))
 
     def add(self, result: StepResult, wait_s: float) -> None:
         """Count a step whose batch was waited for `wait_s`."""
         self.sums += result.sums
-        self.num_tokens += result.num_tokens
         self.num_steps += 1
+        self.num_tokens += result.num_tokens
+        self.flops += result.flops
         self.wait_s += wait_s
 
     def drain(self, newest: StepResult) -> dict[str, float]:
         """Metrics over all ranks since the last drain, which every rank must call; then starts over."""
-        tokens = torch.tensor([self.num_tokens, self.wait_s], dtype=torch.float64, device=self.world.device)
-        totals = self.world.sum(torch.cat([self.sums.values, tokens])).tolist()
+        counts = [self.num_tokens, self.flops, self.peak_flops, self.wait_s]
+        counted = torch.tensor(counts, dtype=torch.float64, device=self.world.device)
+        *sums, num_tokens, flops, peak, wait_s = self.world.sum(torch.cat([self.sums.values, counted])).tolist()
         elapsed_s = time.perf_counter() - self.started_at_s
-        metrics = Sums(torch.tensor(totals[:6], dtype=torch.float64)).metrics()
+        metrics = Sums(torch.tensor(sums, dtype=torch.float64)).metrics()
         metrics["training_loss"] = metrics.pop("loss")
         metrics |= {
             "grad_norm": float(newest.grad_norm),
             "samples_per_s": self.num_steps * self.global_batch_size / elapsed_s,
-            "tokens_per_s": totals[6] / elapsed_s,
-            "data_wait": totals[7] / self.world.size / elapsed_s,
+            "tokens_per_s": num_tokens / elapsed_s,
+            "flops_per_s": flops / elapsed_s,
+            "data_wait": wait_s / self.world.size / elapsed_s,
             "world_size": self.world.size,
         }
-        self.sums, self.num_tokens, self.num_steps, self.wait_s = Sums.zero(self.world.device), 0, 0, 0.0
-        self.started_at_s = time.perf_counter()
+        if math.isfinite(peak):
+            metrics["mfu"] = flops / elapsed_s / peak
+        self.sums, self.num_steps, self.num_tokens, self.flops = Sums.zero(self.world.device), 0, 0, 0
+        self.wait_s, self.started_at_s = 0.0, time.perf_counter()
         return metrics
 
     @contextmanager
@@ -116,7 +132,7 @@ def train(
         UserError: training has diverged.
         FeedError: what arrived is not what the sample order says.
     """
-    meter, trail, result = Meter.start(world, config.training.global_batch_size), Trail(world, attempt), Result()
+    meter, trail, result = Meter.start(world, config.training), Trail(world, attempt), Result()
     for wait_s, batch in _timed(batches):
         outcome = train_step(state, batch, config.training, config.optimizer, world)
         meter.add(outcome, wait_s)

@@ -12,6 +12,7 @@ from torch import nn
 from raybert.batch import MicroBatch, micro_batches
 from raybert.config import ModelConfig, OptimizerConfig, TrainingConfig
 from raybert.feed import RankBatch
+from raybert.flops import training_flops
 from raybert.loss import Sums, mlm_sums, nsp_sums, total_loss
 from raybert.model import BertForPreTraining
 from raybert.optim import build_optimizer, clip_gradients, learning_rate
@@ -51,12 +52,14 @@ class StepResult:
         grad_norm: 0-d, norm of the global gradient before clipping.
         skipped: 0-d bool, whether the update was skipped.
         num_tokens: real tokens of this rank's slice.
+        flops: operations that the model needs for it.
     """
 
     sums: Sums
     grad_norm: torch.Tensor
     skipped: torch.Tensor
     num_tokens: int
+    flops: int
 
 
 def create_state(model: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig, world: World) -> TrainState:
@@ -88,7 +91,10 @@ def train_step(
     skipped = ~torch.isfinite(grad_norm) if state.scaler.is_enabled() else torch.zeros_like(grad_norm, dtype=torch.bool)
     state.num_skipped += skipped
     state.step += 1
-    return StepResult(sums, grad_norm, skipped, int(batch.features["input_mask"].sum()))
+    lengths = batch.features["input_mask"].sum(axis=1)
+    num_masked = int(np.count_nonzero(batch.features["masked_lm_weights"]))
+    flops = training_flops(state.model.config, state.model.use_next_sentence, lengths, num_masked)
+    return StepResult(sums, grad_norm, skipped, int(lengths.sum()), flops)
 
 
 def _backward(state: TrainState, batch: RankBatch, training: TrainingConfig, world: World) -> Sums:

@@ -52,6 +52,8 @@ def test_a_progress_line():
     line = "step 10/100  loss 9.877  mlm acc 0.123  nsp acc 0.500  lr 1.20e-04  12,346 samples/s  1,234,568 tokens/s"
     assert progress_line(10, 100, METRICS, None) == f"{line}  wait 1.2%  3 workers"
     assert progress_line(10, 100, METRICS | {"world_size": 1}, 75) == f"{line}  wait 1.2%  1 worker  1m15s left"
+    on_gpus = progress_line(10, 100, METRICS | {"mfu": 0.4512}, None)
+    assert on_gpus == f"{line}  mfu 45.1%  wait 1.2%  3 workers"
     masked_only = progress_line(10, 100, without(METRICS, "next_sentence_accuracy"), None)
     assert masked_only == f"{line}  wait 1.2%  3 workers".replace("nsp acc 0.500  ", "")
 

@@ -9,7 +9,7 @@ import raybert
 
 LAYERS = (  # from the bottom; a module imports from layers below its own
     ("__init__", "allocator", "config", "errors", "events", "jit", "order"),
-    ("checks", "config_file", "crc", "display", "model_garden", "storage"),
+    ("checks", "config_file", "crc", "display", "flops", "model_garden", "storage"),
     ("compression", "history"),
     ("tfrecord",),
     ("example",),
@@ -19,7 +19,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
     ("pretrained", "step"),
     ("checkpoint", "evaluate", "loop", "telemetry"),
     ("preflight",),
-    ("cluster", "failures", "ingest"),
+    ("cluster", "failures", "gauges", "ingest"),
     ("worker",),
     ("launch",),
     ("bench_data", "figure"),
@@ -32,7 +32,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
 LEVELS = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 PURE = {module for module, level in LEVELS.items() if level <= LEVELS["feed"]}
 ONLY = {  # what only these may import
-    "ray": {"bench_ray", "cluster", "failures", "ingest", "launch", "worker"},
+    "ray": {"bench_ray", "cluster", "failures", "gauges", "ingest", "launch", "worker"},
     "torch.distributed": {"world"},
     "torch.nn.parallel": {"world"},
     "torch": LEVELS.keys() - PURE,

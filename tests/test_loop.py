@@ -15,6 +15,7 @@ from raybert.batch import micro_batch
 from raybert.errors import UserError
 from raybert.evaluate import evaluate, unigram_loss
 from raybert.feed import Layout, local_batches
+from raybert.flops import training_flops
 from raybert.loop import is_due, train
 from raybert.loss import Sums
 from raybert.model import BertForPreTraining
@@ -33,6 +34,7 @@ TRAIN_NAMES = {
     "grad_norm",
     "samples_per_s",
     "tokens_per_s",
+    "flops_per_s",
     "data_wait",
     "world_size",
     "learning_rate",
@@ -134,6 +136,18 @@ def test_logged_sums_are_of_the_steps_since_the_last_line(index):
     for i, (_, metrics) in enumerate(double.train):
         pair = slice(2 * i, 2 * i + 2)
         assert metrics["lm_example_loss"] == pytest.approx(np.average(losses[pair], weights=weights[pair]), rel=1e-6)
+
+
+def test_operations_are_those_of_the_steps_since_the_last_line(trained, index):
+    """A token costs what it costs in the samples of these steps, padding left out."""
+    observed, _, _ = trained
+    order = SampleOrder(index.page_sizes, 1, 32, 4)
+    for (step, metrics), steps in zip(observed.train, ([0, 1], [2, 3], [4, 5], [6]), strict=True):
+        assert step == steps[-1] + 1
+        features = index.read(np.concatenate([order.global_batch(each) for each in steps]))
+        lengths = features["input_mask"].sum(axis=1)
+        flops = training_flops(TINY_MODEL, True, lengths, int(features["masked_lm_weights"].sum()))
+        assert metrics["flops_per_s"] / metrics["tokens_per_s"] == pytest.approx(flops / lengths.sum(), rel=1e-12)
 
 
 def test_a_finished_run_does_nothing(index):
