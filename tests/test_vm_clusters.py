@@ -19,6 +19,7 @@ import ray
 import requests
 import yaml
 from botocore.exceptions import ClientError
+from cfnlint.decode import decode
 from moto.server import ThreadedMotoServer
 from ray.autoscaler._private.aws import config as aws_config
 from ray.autoscaler._private.aws import utils as aws_utils
@@ -458,10 +459,21 @@ def test_nobody_reaches_an_aws_instance_from_outside(aws):
     for rule in group["IpPermissions"]:
         assert not (rule.get("IpRanges") or rule.get("Ipv6Ranges") or rule.get("PrefixListIds"))
         assert [pair["GroupId"] for pair in rule["UserIdGroupPairs"]] == [aws.outputs["GROUP"]]
-    subnets = [aws.outputs["SUBNETA"], aws.outputs["SUBNETB"]]
-    assert found["SubnetId"] in subnets
-    for subnet in aws.ec2.describe_subnets(SubnetIds=subnets)["Subnets"]:
-        assert not subnet["MapPublicIpOnLaunch"]
+    assert found["SubnetId"] in (aws.outputs["SUBNETA"], aws.outputs["SUBNETB"])
+
+
+def test_aws_subnets_give_no_public_address():
+    """Read from the template, since the server that plays AWS leaves these properties out."""
+    resources = decode(str(CLUSTER / "aws-account.yaml"))[0]["Resources"]
+    for name in ("SubnetA", "SubnetB"):
+        assert resources[name]["Properties"]["MapPublicIpOnLaunch"] is False
+        assert resources[f"{name}Routes"]["Properties"] == {
+            "SubnetId": {"Ref": name},
+            "RouteTableId": {"Ref": "Routes"},
+        }
+    routes = [found["Properties"] for found in resources.values() if found["Type"] == "AWS::EC2::Route"]
+    (route,) = [found for found in routes if found["RouteTableId"] == {"Ref": "Routes"}]
+    assert route["NatGatewayId"] == {"Ref": "Nat"} and "GatewayId" not in route
 
 
 def test_aws_roles_are_least(aws):
