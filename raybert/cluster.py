@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -14,6 +15,8 @@ from typing import Any
 
 import ray
 import torch
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.exceptions import AuthenticationError
 
 from raybert.allocator import MALLOC
 from raybert.config import ClusterConfig
@@ -21,6 +24,7 @@ from raybert.errors import UserError
 
 ADDRESS, LOCAL = "RAY_ADDRESS", "local"
 CONNECT_TIMEOUT_S = 5
+TOKEN = "set RAY_AUTH_MODE=token and put the token into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH"
 LOCAL_FEED_CPUS = 2  # logical CPUs beyond the workers', for the feed's tasks
 ENVIRONMENT = {
     # Ray Train's defaults, above all for noticing what went wrong, are several times as long.
@@ -68,8 +72,9 @@ def connected(config: ClusterConfig, verbose: bool) -> Iterator[None]:
     """
     for name, value in {**ENVIRONMENT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.start_timeout_s)}.items():
         os.environ.setdefault(name, value)
+    variables = {**MALLOC, **_own_state_api()}
     settings: dict[str, Any] = {
-        "runtime_env": {"env_vars": {**MALLOC, **_own_state_api()}},
+        "runtime_env": {"env_vars": {name: variables[name] for name in variables.keys() - _given_variables()}},
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
     }
@@ -100,18 +105,45 @@ def _own_state_api() -> dict[str, str]:
     return {"RAY_API_SERVER_ADDRESS": os.environ[ADDRESS]} if host and port.isdigit() else {}
 
 
+def _given_variables() -> set[str]:
+    """The environment variables that this job was submitted with: Ray refuses a second value for one of them."""
+    job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}")
+    return set((job.get("runtime_env") or {}).get("env_vars") or {})
+
+
 def _join(address: str, settings: dict[str, Any]) -> None:
     """Connect to the cluster of RAY_ADDRESS."""
+    _check_kind(address)
     try:
         host, _, port = address.rpartition("://")[2].rpartition(":")
         if host and port.isdigit():  # else "auto" or the like; Ray itself would try for minutes
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
         ray.init(**settings)
+    except AuthenticationError as error:
+        raise UserError(
+            f"The cluster at RAY_ADDRESS={address} asks for a token, and there is none; {TOKEN}."
+        ) from error
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: {error}; start one with "
-            "`ray start --head`, correct RAY_ADDRESS, or unset it to train on this machine alone."
+            "`ray start --head`, correct RAY_ADDRESS, or unset it to train on this machine alone. If the cluster wants "
+            f"a token, {TOKEN}."
         ) from error
+
+
+def _check_kind(address: str) -> None:
+    """Refuse the addresses of Ray's other doors.
+
+    Raises:
+        UserError: naming the door, and the right one.
+    """
+    scheme = address.rpartition("://")[0]
+    door = {"http": "the dashboard", "https": "the dashboard", "ray": "Ray Client"}.get(scheme)
+    if door:
+        raise UserError(
+            f"RAY_ADDRESS is {address!r}, which is {door}; submit the run as a job, `ray job submit --working-dir . -- "
+            "python run.py ...`, or, on a node of the cluster, set RAY_ADDRESS to the head's address, as 10.0.0.5:6379."
+        )
 
 
 def quiet(verbose: bool) -> None:

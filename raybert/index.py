@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import socket
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -78,12 +79,15 @@ def index_shard(file: File, schema: Schema, cache: Directory, max_bad: int | Non
         schema: what each record must look like.
         cache: where indices are kept.
         max_bad: stop after so many bad records; such an index is not cached. Default: find all.
+
+    Raises:
+        UserError: this node does not see the file.
     """
     name = hashlib.sha256(f"{file.path}\0{schema}\0{FORMAT_VERSION}".encode()).hexdigest()[:24]
     cached = _load(cache, name, file)
     if cached is not None:
         return cached
-    with open_input(file.path) as source:
+    with _opened(file.path) as source:
         is_compressed = bool(compression(source.read(64)))
         source.seek(0)
         if not is_compressed:
@@ -93,6 +97,21 @@ def index_shard(file: File, schema: Schema, cache: Directory, max_bad: int | Non
     if max_bad is None or len(shard.bad) < max_bad:
         cache.write(f"{name}.index", _to_bytes(shard))
     return shard
+
+
+def _opened(path: str) -> fs.NativeFile:
+    """A file of the run's, which the driver has seen.
+
+    Raises:
+        UserError: it is not there, or not on this node.
+    """
+    try:
+        return open_input(path)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} is not there on node {socket.gethostname()}; restore it, or put it where every node sees it under "
+            "this path: s3://, gs:// or a file system mounted on all of them."
+        ) from error
 
 
 def _chunks(source: fs.NativeFile) -> Iterator[bytes]:
@@ -249,7 +268,7 @@ class Index:
             google-research/bert's feature names to [B, ...] arrays, in the order of `samples`.
 
         Raises:
-            UserError: a file has changed since it was indexed.
+            UserError: a file has changed since it was indexed, or this node does not see it.
         """
         ends = np.cumsum(self.page_sizes)
         pages, page_of = np.unique(np.searchsorted(ends, samples, side="right"), return_inverse=True)
@@ -265,11 +284,8 @@ class Index:
         contents: list[Arrays] = []
         for number, entries in by_shard:
             shard = self.shards[number]
-            try:
-                with open_input(shard.data_path) as source:
-                    contents += [_read_page(source, shard, page, self.schema) for _, page in entries]
-            except FileNotFoundError as error:
-                raise UserError(f"{shard.data_path} is gone since the file was indexed; restore it.") from error
+            with _opened(shard.data_path) as source:
+                contents += [_read_page(source, shard, page, self.schema) for _, page in entries]
         return contents
 
 

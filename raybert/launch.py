@@ -49,9 +49,9 @@ def run(config: Config, verbose: bool = False) -> int:
     config = preflight.resolve(config)
     cluster.check_gpus(config.cluster)
     run_dir = Directory(config.run_dir)
-    preflight.check_run_dir(run_dir)
     with Display(config.training.num_steps) as display, _terminable() as received:
         try:
+            preflight.check_run_dir(run_dir, display.warn)
             return _run(config, run_dir, display, verbose)
         except KeyboardInterrupt:
             display.line(f"Interrupted; the same command resumes the run in {run_dir.uri}.")

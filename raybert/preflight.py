@@ -21,6 +21,8 @@ from raybert.order import SampleOrder, steps_per_window
 from raybert.pretrained import check_vocabulary, load_pretrained, read_bert_config, read_vocabulary
 from raybert.storage import Directory, absolute, local_file
 
+JOB_FILES = "working_dir_files"  # where Ray unpacks the working directories of jobs
+
 
 def resolve(config: Config) -> Config:
     """The configuration with the files that it names read and checked, and every path absolute.
@@ -45,8 +47,8 @@ def resolve(config: Config) -> Config:
     return replace(config, run_dir=absolute(config.run_dir), data=data, training=training)
 
 
-def check_run_dir(run: Directory) -> None:
-    """Refuse a run directory that cannot be reached or not be written.
+def check_run_dir(run: Directory, warn: Callable[[str], None]) -> None:
+    """Refuse a run directory that cannot be reached or not be written; warn of one that will not last.
 
     Raises:
         UserError: naming it and the reason.
@@ -55,6 +57,11 @@ def check_run_dir(run: Directory) -> None:
         with _option("run_dir", run.uri):
             run.names()  # a store that does not answer says so sooner than to a write
     run.check_writable("run_dir")
+    if run.is_local and JOB_FILES in run.path.split("/"):
+        warn(
+            f"run_dir {run.uri} lies in the job's own copy of its working directory, which Ray deletes some time after "
+            "the job; to keep the run, give an absolute path that every node sees, s3:// or gs://."
+        )
 
 
 def read_tokens(vocab_file: str, config: Config) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,11 +20,12 @@ from ray.train.torch import get_device
 from raybert import ingest
 from raybert.checkpoint import Saver, Writer, newest_checkpoint, open_checkpoint, restore
 from raybert.config import Config
+from raybert.errors import UserError
 from raybert.evaluate import evaluate
 from raybert.events import Event, Tell
 from raybert.failures import AT_STEP
 from raybert.feed import Layout, RankBatch, local_batches, rank_batches
-from raybert.history import Attempt, StepRecord, begin_attempt
+from raybert.history import Attempt, StepRecord, begin_attempt, newest_attempt
 from raybert.index import Index
 from raybert.loop import train
 from raybert.order import SampleOrder
@@ -34,6 +37,7 @@ from raybert.world import CPU, World
 
 VOCABULARY = "vocab.txt"
 LATE_S = 60.0
+SHARED_S = 30.0  # that a file written on one node may take to be seen on another
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,25 @@ def _join(job: Job) -> tuple[World, Attempt, Iterator[RankBatch]]:
     world = World.current(device)
     iterator = ray.train.get_dataset_shard(ingest.TRAIN)
     attempt = iterator.attempt
+    check_shared(job.run, attempt.number)
     layout = Layout(job.order, world.size, attempt.start_step, num_steps)
     return world, attempt, rank_batches(ingest.blocks(iterator), layout, world.rank)
+
+
+def check_shared(run: Directory, attempt: int, timeout_s: float = SHARED_S) -> None:
+    """Refuse a run directory that is this node's own: what the driver wrote must be there.
+
+    Raises:
+        UserError: the attempt's record is not seen here.
+    """
+    until_s = time.monotonic() + timeout_s
+    while newest_attempt(run) < attempt:
+        if time.monotonic() >= until_s:
+            raise UserError(
+                f"run_dir: node {socket.gethostname()} has another {run.uri} than the driver; give a directory that "
+                "every node sees: s3://, gs:// or a file system mounted on all of them under one path."
+            )
+        time.sleep(1)
 
 
 def _warn_if_late(batches: Iterator[RankBatch], tell: Tell) -> Iterator[RankBatch]:
