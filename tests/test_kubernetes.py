@@ -2,8 +2,11 @@
 
 import copy
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -11,6 +14,10 @@ import kubernetes_validate
 import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler.v2.event_logger import AutoscalerEventLogger
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.core.generated.autoscaler_pb2 import ResourceRequest, ResourceRequestByCount
 
 from raybert.checks import check_config
 from raybert.cli import parse_train
@@ -31,7 +38,8 @@ OBJECTS = [*NAMESPACE, CLUSTER, JOB]
 HEAD = CLUSTER["spec"]["headGroupSpec"]
 WORKERS = {group["groupName"]: group for group in CLUSTER["spec"]["workerGroupSpecs"]}
 RUN = parse_train(shlex.split(JOB["spec"]["entrypoint"])[3:]).config
-NODE_TYPES = _derive_autoscaling_config_from_ray_cr(CLUSTER)["available_node_types"]
+AUTOSCALING = _derive_autoscaling_config_from_ray_cr(CLUSTER)  # by which Ray also checks it
+NODE_TYPES = AUTOSCALING["available_node_types"]
 
 
 def only(kind):
@@ -116,11 +124,36 @@ def test_ray_derives_the_node_types():
     }
     assert numbers == {
         "headgroup": (0, 0, 4, 0),
-        "spot-h100": (0, 8, 14, 1),
-        "spot-a100": (0, 8, 10, 1),
+        "spot-h100": (0, 8, 6, 1),
+        "spot-a100": (0, 8, 6, 1),
         "spot-l4": (0, 8, 6, 1),
     }
-    assert sorted(WORKERS, key=lambda name: -NODE_TYPES[name]["priority"]) == ["spot-h100", "spot-a100", "spot-l4"]
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "exhausted", "launched"),
+    [
+        (1, [], {"spot-h100": 1}),
+        (8, [], {"spot-h100": 8}),
+        (12, [], {"spot-h100": 8, "spot-a100": 4}),
+        (8, ["spot-h100"], {"spot-a100": 8}),
+        (8, ["spot-h100", "spot-a100"], {"spot-l4": 8}),
+    ],
+)
+def test_ray_takes_the_fastest_gpus_that_there_are(num_workers, exhausted, launched):
+    worker = ResourceRequest(resources_bundle={"CPU": RUN.cluster.cpus_per_worker, "GPU": 1})
+    availability = dict.fromkeys(exhausted, 0.0)
+    reply = ResourceDemandScheduler(AutoscalerEventLogger(None)).schedule(
+        SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs=AutoscalingConfig(AUTOSCALING, skip_content_hash=True).get_node_type_configs(),
+            max_num_nodes=AUTOSCALING["max_workers"] + 1,
+            resource_requests=[ResourceRequestByCount(request=worker, count=num_workers)],
+            cloud_resource_availabilities=availability,
+            recoverable_resource_availabilities=availability,
+        )
+    )
+    assert {launch.instance_type: launch.count for launch in reply.to_launch} == launched
 
 
 # The job.
@@ -245,6 +278,19 @@ def test_a_pod_that_is_ended_has_longer_than_its_drain(each):
     environment = {one["name"]: one["value"] for one in each["containers"][0].get("env", [])}
     drain_s = float(environment.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", DEFAULT_DRAIN_S))
     assert each["terminationGracePeriodSeconds"] >= drain_s + 10
+
+
+def test_ray_reads_the_times_that_are_set():
+    reading = """
+from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S as drain_s
+from ray.autoscaler.v2.instance_manager.config import InstanceReconcileConfig
+print(drain_s, InstanceReconcileConfig().allocate_status_timeout_s)
+"""
+    containers = (CONTAINERS["head/autoscaler"], CONTAINERS["spot-l4/ray-worker"])
+    variables = {one["name"]: one["value"] for each in containers for one in each["env"]}
+    assert len(variables) == 2
+    found = subprocess.run([sys.executable, "-c", reading], env={**os.environ, **variables}, capture_output=True)
+    assert found.stdout.split() == [b"90.0", b"900"]
 
 
 @each(CONTAINERS)
