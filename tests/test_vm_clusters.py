@@ -107,6 +107,11 @@ def test_ray_understands_the_start_commands(config):
             assert options["head"] or options["address"] == "$RAY_HEAD_IP:6379"
 
 
+def test_a_shell_understands_every_command(config):
+    for command in commands(config):
+        subprocess.run(["bash", "-n", "-c", f"export A=b; ({command})"], check=True)
+
+
 def test_rays_defaults_install_nothing(config):
     """They would fetch another Ray, unpinned."""
     assert commands(config, "setup_commands", "head_setup_commands", "worker_setup_commands") == []
