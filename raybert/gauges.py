@@ -6,6 +6,7 @@ gauges are set again and again while they hold; those of a run that ended, or ra
 
 from __future__ import annotations
 
+import re
 import time
 
 from ray.util.metrics import Counter, Gauge
@@ -57,7 +58,7 @@ PAUSE_S = 60.0  # without a report for so long, and for three times the usual, a
 
 
 class Gauges:
-    """Holds what events say, as gauges of one run."""
+    """Holds what events say, as gauges of one run; `values` are those that hold now, by name."""
 
     def __init__(self, run: Directory, config: Config) -> None:
         """Args:
@@ -65,8 +66,7 @@ class Gauges:
         config: of the run.
         """
         # Ray's labels are ASCII. Nothing but the name: a URI may hold more than everybody should read.
-        name = run.path.rstrip("/").rpartition("/")[2].encode("ascii", "backslashreplace").decode()
-        label = {"run": name}
+        label = {"run": re.sub("[^ -~]", "_", run.path.rstrip("/").rpartition("/")[2])}
         self._gauges = {
             name: Gauge(PREFIX + name, text, ("run",)).set_default_tags(label) for name, text in GAUGES.items()
         }
@@ -74,7 +74,7 @@ class Gauges:
             name: Counter(PREFIX + name, text, ("run",)).set_default_tags(label) for name, text in COUNTERS.items()
         }
         self._saves = config.checkpoint.every_steps > 0
-        self._values: dict[str, float] = {
+        self.values: dict[str, float] = {
             "num_steps": config.training.num_steps,
             "max_world_size": config.cluster.worker_range()[1],
         }
@@ -86,19 +86,19 @@ class Gauges:
         """Hold what an event says."""
         now_s = time.monotonic()
         if event.kind == "attempt":
-            if "attempt" in self._values:
+            if "attempt" in self.values:
                 self._counters["restarts"].inc()
             self._drop_rates()
-            self._values |= {"step": event.step, "attempt": event.metrics["number"]}
-            self._values["world_size"] = event.metrics["world_size"]
+            self.values |= {"step": event.step, "attempt": event.metrics["number"]}
+            self.values["world_size"] = event.metrics["world_size"]
             self._reported_at_s = now_s
         elif event.kind == "train":
-            self._values |= {"step": event.step}
-            self._values |= {name: value for name, value in event.metrics.items() if name in TRAIN or name in RATES}
+            self.values |= {"step": event.step}
+            self.values |= {name: value for name, value in event.metrics.items() if name in TRAIN or name in RATES}
             self._interval_s, self._reported_at_s, self._stepped_at_s = now_s - self._reported_at_s, now_s, now_s
         elif event.kind == "eval":
             held_out = {f"held_out_{name}": value for name, value in event.metrics.items()}
-            self._values |= {name: value for name, value in held_out.items() if name in HELD_OUT}
+            self.values |= {name: value for name, value in held_out.items() if name in HELD_OUT}
         elif event.kind == "checkpoint":
             self._counters["checkpoints"].inc()
             self._committed_at_s = now_s
@@ -110,12 +110,12 @@ class Gauges:
         now_s = time.monotonic()
         if now_s - self._reported_at_s > max(PAUSE_S, 3 * self._interval_s):
             self._drop_rates()
-        self._values["seconds_since_step"] = now_s - self._stepped_at_s
+        self.values["seconds_since_step"] = now_s - self._stepped_at_s
         if self._saves:
-            self._values["seconds_since_commit"] = now_s - self._committed_at_s
-        for name, value in self._values.items():
+            self.values["seconds_since_commit"] = now_s - self._committed_at_s
+        for name, value in self.values.items():
             self._gauges[name].set(float(value))
 
     def _drop_rates(self) -> None:
         for name in RATES:
-            self._values.pop(name, None)
+            self.values.pop(name, None)

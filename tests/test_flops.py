@@ -60,7 +60,7 @@ def test_large_counts_do_not_wrap():
     """Lengths of a narrow type; sums beyond 2**31 of them; a product beyond 2**63 is still exact."""
     lengths = np.full(70_000, 512, np.uint16)
     assert training_flops(ModelConfig(), True, lengths, 76 * 70_000) == 70_000 * training_flops(
-        ModelConfig(), True, lengths[:1], 76
+        ModelConfig(), True, np.array([512]), 76
     )
     huge = replace(ModelConfig(), hidden_size=2**20, intermediate_size=2**22)
     assert training_flops(huge, True, lengths, 0) > 2**63
