@@ -16,6 +16,7 @@ from typing import Any
 import ray
 import torch
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.exceptions import AuthenticationError
 
 from raybert.allocator import MALLOC
@@ -161,15 +162,26 @@ def live_nodes() -> list[Node]:
 
 
 def may_grow() -> bool:
-    """Whether an autoscaler may add nodes."""
+    """Whether an autoscaler may add nodes: Ray's (v2), or one that has told Ray its node groups."""
     config = ray._private.state.state.get_cluster_config()
-    return config is not None and bool(config.node_group_configs)
+    return is_autoscaler_v2(fetch_from_server=True) or (config is not None and bool(config.node_group_configs))
 
 
 def check_capacity(config: ClusterConfig) -> None:
     """Refuse a cluster that is too small and has no autoscaler; see `check_nodes`."""
     if not may_grow():
         check_nodes(live_nodes(), config)
+
+
+def shortage(config: ClusterConfig) -> str | None:
+    """What a run waits for while the live nodes have no room for its workers; None if they have."""
+    room, low = sum(_fitting(node, config) for node in live_nodes()), config.worker_range()[0]
+    if room >= low:
+        return None
+    return (
+        f"waiting for nodes: {_needs(config)} for each of at least {low} workers, and room for {room} now; "
+        "`ray status` on the head says what the autoscaler does."
+    )
 
 
 def check_nodes(nodes: Sequence[Node], config: ClusterConfig) -> None:
@@ -185,12 +197,13 @@ def check_nodes(nodes: Sequence[Node], config: ClusterConfig) -> None:
     low, high = config.worker_range()
     fitting = sum(_fitting(node, config) for node in nodes)
     num_cpus, num_gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
-    needs = f"{config.cpus_per_worker} CPU" + (" and 1 GPU" if config.use_gpu else "")
+    needs = _needs(config)
     has = f"the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs on {len(nodes)} nodes, room for {fitting} workers"
     if fitting < low:
         raise UserError(
             f"cluster.num_workers={config.num_workers} needs at least {low} workers of {needs} each, but {has}; "
-            f"lower cluster.num_workers, or add nodes."
+            "lower cluster.num_workers, or add nodes. (An autoscaler counts if the head was started with "
+            "RAY_enable_autoscaler_v2=1.)"
         )
     num_workers = min(high, fitting)
     if num_cpus - num_workers * config.cpus_per_worker < 1:
@@ -198,6 +211,10 @@ def check_nodes(nodes: Sequence[Node], config: ClusterConfig) -> None:
             f"cluster.num_workers={config.num_workers} at {needs} each takes every CPU, but the feed needs one of its "
             f"own: {has}; lower cluster.num_workers or cluster.cpus_per_worker, or add CPUs."
         )
+
+
+def _needs(config: ClusterConfig) -> str:
+    return f"{config.cpus_per_worker} CPU" + (" and 1 GPU" if config.use_gpu else "")
 
 
 def _fitting(node: Node, config: ClusterConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from raybert.worker import VOCABULARY, Begin, Job, train_ray_worker, train_worke
 
 CONFIG, SKIPPED, INDEX, BASELINES = "config.yaml", "skipped_records.json", "index", "baselines.json"
 POLL_S = 0.3
+SHORTAGE_S = 60.0  # between two looks at whether the run waits for nodes
 MAX_BAD_RECORDS = 20  # after so many, a file that is refused is not read on
 
 
@@ -261,6 +263,7 @@ def _fit(job: Job, display: Display) -> None:
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     gauges, alive = Gauges(job.run, job.config), True
+    look_at_s = time.monotonic() + SHORTAGE_S
     while alive:
         thread.join(POLL_S)
         alive = thread.is_alive()  # asked before the events are taken, so that none is left behind
@@ -268,6 +271,11 @@ def _fit(job: Job, display: Display) -> None:
             display.show(event)
             gauges.show(event)
         gauges.refresh()
+        if time.monotonic() >= look_at_s:
+            look_at_s += SHORTAGE_S
+            shortage = cluster.shortage(job.config.cluster)
+            if shortage:
+                display.line(shortage)
     if outcome[0] is not None:
         raise cause_of(outcome[0])
 

@@ -2,16 +2,19 @@
 
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ray.cluster_utils import Cluster
+from ray.util import get_node_ip_address
 
 from raybert.storage import Directory
 
@@ -28,7 +31,7 @@ def cluster(num_nodes, include_dashboard=False):
     """A head that feeds, with no room for a worker, and nodes with room for one worker each."""
     with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as directory:
         head = {"num_cpus": 1, "object_store_memory": 300_000_000, "temp_dir": directory}
-        head["include_dashboard"] = include_dashboard
+        head |= {"include_dashboard": include_dashboard, "dashboard_port": free_ports(1)[0]}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(num_nodes):
@@ -38,16 +41,85 @@ def cluster(num_nodes, include_dashboard=False):
             cluster.shutdown()
 
 
+def free_ports(number):
+    """Ports that nobody listens on now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def answers(place):
+    """Whether somebody listens at host:port."""
+    host, port = place.split(":")
+    with suppress(OSError):
+        socket.create_connection((host, int(port)), 1).close()
+        return True
+    return False
+
+
+class Head:
+    """A head as a user starts it with `ray start`, closed by a token."""
+
+    def __init__(self, directory, num_cpus):
+        port, dashboard_port, agent_port, client_port = free_ports(4)
+        self.directory, self.address = Path(directory), f"{get_node_ip_address()}:{port}"
+        self.dashboard, self.agent = f"127.0.0.1:{dashboard_port}", f"{get_node_ip_address()}:{agent_port}"
+        token = self.directory / "token"
+        token.write_text(secrets.token_hex(32))
+        known = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
+        known["PATH"] = f"{Path(sys.executable).parent}:{known['PATH']}"  # a job's `python` is this one
+        self.open_environment = known | {"RAY_API_SERVER_ADDRESS": f"http://{self.dashboard}"}
+        self.environment = self.open_environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self.arguments = ["start", "--head", "--block", f"--port={port}", f"--num-cpus={num_cpus}"]
+        self.arguments += [f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}"]
+        self.arguments += [f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={directory}/ray"]
+        self.arguments += ["--object-store-memory=300000000"]
+
+    def ray(self, *arguments, environment=None):
+        """A `ray` command against this head, that has ended."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", *map(str, arguments)]
+        return subprocess.run(
+            command, env=environment or self.environment, cwd=self.directory, capture_output=True, text=True
+        )
+
+
 @contextmanager
-def running(address, *arguments, pace=None):
+def ray_head(num_cpus, prepare=lambda head: None):
+    """A head of its own, whose dashboard answers; `prepare` may add to its arguments and variables before it starts."""
+    with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        head = Head(directory, num_cpus)
+        prepare(head)
+        command = [sys.executable, "-m", "ray.scripts.scripts", *head.arguments]
+        with (head.directory / "log").open("w") as log:
+            process = subprocess.Popen(
+                command, env=head.environment, stdout=log, stderr=log, cwd=directory, start_new_session=True
+            )
+        try:
+            deadline_s = time.monotonic() + 60
+            while not (answers(head.dashboard) and answers(head.agent)):
+                time.sleep(0.2)
+                assert process.poll() is None and time.monotonic() < deadline_s, (head.directory / "log").read_text()
+            yield head
+        finally:
+            for pid in (process.pid, *descendants(process.pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextmanager
+def running(address, *arguments, pace=None, environment=None, within=()):
     """The command `run.py train`, in a process group of its own, against a cluster (None: its own local Ray).
 
-    Steps take at least the seconds that the file `pace` holds.
+    Steps take at least the seconds that the file `pace` holds; `within` is a command that runs the command.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    known = os.environ if environment is None else environment
+    environment = {name: value for name, value in known.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_ADDRESS": address} if address else {}
     program = [str(PACED), str(pace)] if pace else [str(RUN)]
-    command = [sys.executable, *program, "train", *map(str, arguments)]
+    command = [*within, sys.executable, *program, "train", *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -59,6 +131,20 @@ def running(address, *arguments, pace=None):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def descendants(pid):
+    """Processes that a process has started, or that those have: pid to command line."""
+    parents, commands = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            commands[int(entry.name)] = (entry / "cmdline").read_text()
+            parents[int(entry.name)] = int(parent) if state != "Z" else 0
+    found = [pid]
+    for process in found:
+        found += [child for child, parent in parents.items() if parent == process]
+    return {process: commands[process] for process in found[1:]}
 
 
 def drain(cluster, node, deadline_s):

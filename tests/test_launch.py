@@ -1,6 +1,5 @@
 """Laws of a launched run: it ends well, or says why and can be resumed; every step is trained exactly once."""
 
-import contextlib
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_config, write_samples
+from nodes import descendants
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -171,20 +171,6 @@ def finish(process):
     """All that the process says, and its errors."""
     rest, _ = process.communicate(timeout=150)
     return process.said + rest, process.errors.read_text()
-
-
-def descendants(pid):
-    """Processes that a process has started, or that those have: pid to command line."""
-    parents, commands = {}, {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has just ended
-            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            commands[int(entry.name)] = (entry / "cmdline").read_text()
-            parents[int(entry.name)] = int(parent) if state != "Z" else 0
-    found = [pid]
-    for process in found:
-        found += [child for child, parent in parents.items() if parent == process]
-    return {process: commands[process] for process in found[1:]}
 
 
 def is_alive(pid):
