@@ -23,6 +23,7 @@ from raybert.errors import UserError
 PACKAGE = "raybert://"  # files that ship with raybert, wherever each node has it
 _PACKAGE_PATH = Path(__file__).parent
 _GLOB = re.compile(r"[*?\[]")
+_SECRET = re.compile(r"[?&]\w*(key|secret|token|password)\w*=", re.IGNORECASE)  # an option that is one
 _QUERY = re.compile(r"\?\w+=[^?*]*$")  # ends a URI: options such as endpoint_override; any other ? is a glob's
 
 
@@ -63,7 +64,7 @@ def _bucket_filesystem(scheme: str, bucket: str, query: str) -> fs.FileSystem:
     """The filesystem that a bucket is in; kept, since making one asks the store where the bucket is."""
     if scheme not in ("s3", "gs"):
         raise UserError(f"Unknown scheme {scheme}://; give a local path, s3://... or gs://....")
-    if "@" in bucket:
+    if "@" in bucket or _SECRET.search(query):
         raise UserError(f"A {scheme}:// path must not hold credentials; set them in the environment.")
     try:
         return fs.FileSystem.from_uri(f"{scheme}://{bucket}{query}")[0]

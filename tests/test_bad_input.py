@@ -83,14 +83,16 @@ def write_vocabulary(path, tokens):
 
 @pytest.fixture
 def refused(places, tmp_path, capsys):
-    """Gives the command line more flags, and checks that it refuses and leaves no checkpoint."""
+    """Gives the command line more flags, and checks that it refuses and leaves no checkpoint; gives what it says."""
 
     def check(flags, fragments):
         capsys.readouterr()
         base = ["train", "--config", str(places["here"] / "tiny.yaml"), "--run_dir", str(tmp_path / "run")]
         code = main([*base, *flags_of(flags, places | {"tmp": tmp_path})])
-        check_refusal(code, capsys.readouterr().err, [fragment.format(**places) for fragment in fragments])
+        said = capsys.readouterr().err
+        check_refusal(code, said, [fragment.format(**places) for fragment in fragments])
         assert not (tmp_path / "run" / "checkpoints").exists()
+        return said
 
     return check
 
@@ -198,6 +200,15 @@ SETTINGS = {
 @pytest.mark.parametrize("case", SETTINGS)
 def test_bad_settings_are_refused(refused, case):
     refused(*SETTINGS[case])
+
+
+@pytest.mark.parametrize("secret", ["s3://AKIA5:hunter2@bucket/x", "s3://bucket/x?secret_key=hunter2"])
+@pytest.mark.parametrize(
+    "option",
+    ["run_dir", "data.input_files", "data.vocab_file", "evaluation.input_files", "training.init_checkpoint"],
+)
+def test_credentials_in_a_path_are_refused_and_not_repeated(refused, option, secret):
+    assert "hunter2" not in refused(f"--{option}={secret}", ["must not hold credentials; set them in the environment"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -328,6 +339,15 @@ def test_cluster_that_does_not_answer_or_suffice_is_refused(places, tmp_path, cl
         ),
         (cluster.address, "--cluster.num_workers=2", ["takes every CPU", "2 CPUs", "lower cluster.num_workers"]),
         (cluster.address, "--cluster.num_workers=1 --cluster.use_gpu=true", ["1 GPU", "0 GPUs", "or add nodes"]),
+        (
+            "http://127.0.0.1:8265",
+            "--cluster.num_workers=1",
+            ["which is the dashboard", "ray job submit", "10.0.0.5:6379"],
+        ),
+        ("ray://127.0.0.1:10001", "--cluster.num_workers=1", ["which is Ray Client", "ray job submit"]),
     ]
     runs = [(start([*base, *flags.split()], RAY_ADDRESS=address), said) for address, flags, said in cases]
+    closed = {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}  # a home without a token
+    flags = [*base, "--cluster.num_workers=1"]
+    runs.append((start(flags, RAY_ADDRESS=cluster.address, **closed), ["asks for a token", "~/.ray/auth_token"]))
     check_all(runs)

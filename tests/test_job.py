@@ -28,6 +28,9 @@ SETTINGS = {
 }
 
 
+OF_THE_USER = {"env_vars": {"MALLOC_TOP_PAD_": "1048576"}}  # raybert sets this too: Ray takes no second value
+
+
 @pytest.fixture(scope="module")
 def head():
     with ray_head(num_cpus=4) as head:
@@ -54,8 +57,8 @@ class Job:
         self.head, self.name = head, name
         flags = [f"--{key}={value}" for key, value in (SETTINGS | settings).items()]
         entrypoint = ["python", "run.py", "train", "--config", "sample", *flags]
-        submit = ["job", "submit", "--no-wait", "--submission-id", name, "--working-dir", checkout, "--", *entrypoint]
-        submitted = head.ray(*submit)
+        submit = ["job", "submit", "--no-wait", "--submission-id", name, "--working-dir", checkout]
+        submitted = head.ray(*submit, "--runtime-env-json", json.dumps(OF_THE_USER), "--", *entrypoint)
         assert submitted.returncode == 0, submitted.stdout + submitted.stderr
 
     def _ask(self, path=""):

@@ -22,6 +22,7 @@ from raybert.errors import UserError
 from raybert.failures import ALIKE_LIMIT, STUCK_LIMIT, StopRetrying
 from raybert.history import begin_attempt, read_attempts, read_history
 from raybert.storage import Directory
+from raybert.worker import check_shared
 
 ROOT = Path(__file__).parents[1]
 BATCH_SIZE = 32
@@ -270,6 +271,13 @@ def test_crash_loop_ends_the_run_with_its_reason(config_file, run, tmp_path, clu
     assert 'raise RuntimeError("boom")' in errors
     assert said.count("warning: attempt failed, at step 3 with RuntimeError: boom;") == ALIKE_LIMIT - 1
     assert [attempt.start_step for attempt in read_attempts(run)] == [0] * ALIKE_LIMIT
+
+
+def test_a_node_with_another_run_directory_is_refused(run):
+    begin_attempt(run, 2, 0, None)
+    check_shared(run, 1, timeout_s=0)
+    with pytest.raises(UserError, match=r"run_dir: node .* has another .*run than the driver; give a directory"):
+        check_shared(run, 2, timeout_s=0)
 
 
 # Whether a failure is worth another attempt
