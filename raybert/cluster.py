@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,14 @@ import ray
 import torch
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 
+from raybert import interface
 from raybert.allocator import MALLOC
 from raybert.config import ClusterConfig
 from raybert.errors import UserError
 
+COORDINATOR = "AutoscalingCoordinator"  # Ray's actor of that name, in a namespace of that name
 ADDRESS, LOCAL = "RAY_ADDRESS", "local"
 CONNECT_TIMEOUT_S = 5
 TOKEN = "set RAY_AUTH_MODE=token and put the token into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH"
@@ -81,10 +84,13 @@ def connected(config: ClusterConfig, verbose: bool) -> Iterator[None]:
     }
     interrupt = signal.getsignal(signal.SIGTERM)
     if is_local():
+        # A token of its own: no other cluster's opens this Ray, and none is left in the home directory.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # Said explicitly: a stale record of another cluster on this machine must not be joined.
         num_cpus = config.worker_range()[1] * config.cpus_per_worker + LOCAL_FEED_CPUS
         ray.init(address=LOCAL, num_cpus=num_cpus, include_dashboard=False, **settings)
     else:
+        settings["runtime_env"]["worker_process_setup_hook"] = f"{interface.__name__}.{interface.choose.__name__}"
         _join(os.environ[ADDRESS], settings)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)  # Ray has put its own in place
@@ -182,6 +188,17 @@ def shortage(config: ClusterConfig) -> str | None:
         f"waiting for nodes: {_needs(config)} for each of at least {low} workers, and room for {room} now; "
         "`ray status` on the head says what the autoscaler does."
     )
+
+
+def cancel_request(train_run_id: str) -> None:
+    """Give up what Ray Train asks of the autoscaler for a run: until then no node that it asks for goes for being idle.
+
+    Train does so itself at the end of a run, but not when the driver is interrupted, after which nodes would stay, and
+    cost, for more than three minutes.
+    """
+    with suppress(ValueError, RayError):  # nothing was asked, or nobody answers: it expires
+        coordinator = ray.get_actor(COORDINATOR, namespace=COORDINATOR)
+        ray.get(coordinator.cancel_request.remote(f"train-{train_run_id}"), timeout=CONNECT_TIMEOUT_S)
 
 
 def check_nodes(nodes: Sequence[Node], config: ClusterConfig) -> None:

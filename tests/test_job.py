@@ -1,6 +1,7 @@
 """Jobs as the README submits them, to a real head that asks for a token."""
 
 import json
+import secrets
 import shutil
 import time
 import urllib.error
@@ -33,7 +34,8 @@ OF_THE_USER = {"env_vars": {"MALLOC_TOP_PAD_": "1048576"}}  # raybert sets this 
 
 @pytest.fixture(scope="module")
 def head():
-    with ray_head(num_cpus=4) as head:
+    secret = {"AWS_SECRET_ACCESS_KEY": secrets.token_hex(32)}
+    with ray_head(num_cpus=4, prepare=lambda head: head.environment.update(secret)) as head:
         yield head
 
 
@@ -125,7 +127,7 @@ def test_the_job_client_without_the_token_is_refused(head, checkout):
 # Jobs
 
 
-def test_a_stopped_job_is_resumed_by_the_same_command(head, checkout, tmp_path):
+def test_a_stopped_job_is_resumed_by_the_same_command_and_no_secret_is_written(head, checkout, tmp_path):
     run = Directory(str(tmp_path / "run"))
     job = Job(head, checkout, "stopped", run_dir=run.path)
     job.wait("checkpoint step-")
@@ -142,6 +144,11 @@ def test_a_stopped_job_is_resumed_by_the_same_command(head, checkout, tmp_path):
     assert first == stopped and 0 < second.start_step < 200
     newest = (run / "checkpoints").names()[-1]
     assert [record.step for record in read_history(run, newest)] == list(range(200))
+    for place in (Path(run.path), head.directory / "ray" / "session_latest" / "logs"):
+        contents = [path.read_bytes() for path in place.rglob("*") if path.is_file()]
+        assert len(contents) > 5
+        for secret in (token(head), head.environment["AWS_SECRET_ACCESS_KEY"]):
+            assert not any(secret.encode() in content for content in contents)
 
 
 UPLOADED = {"run.py", "raybert", "pyproject.toml", "constraints.txt", "LICENSE", ".gitignore", ".rayignore", "runs"}

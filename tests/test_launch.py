@@ -201,8 +201,9 @@ def ray_tmpdir():
 def test_interrupted_run_on_ray_leaves_no_process_and_is_resumed(config_file, run, tmp_path, ray_tmpdir):
     overrides = {"training.num_steps": 400, "training.log_every_steps": 10, "checkpoint.every_steps": 20}
     argv = ["--config", config_file(**overrides | {"cluster.num_workers": 2})]
+    home = f"{argv[1]}/home"  # below a file: nothing can be written there
 
-    process = start(tmp_path, *argv, RAY_TMPDIR=ray_tmpdir)
+    process = start(tmp_path, *argv, RAY_TMPDIR=ray_tmpdir, HOME=home)
     wait_for(process, "checkpoint step-")
     processes = descendants(process.pid)
     assert len(processes) > 5
@@ -213,7 +214,7 @@ def test_interrupted_run_on_ray_leaves_no_process_and_is_resumed(config_file, ru
     assert errors == ""
     check_gone(processes)
 
-    process = start(tmp_path, *argv, RAY_TMPDIR=ray_tmpdir)
+    process = start(tmp_path, *argv, RAY_TMPDIR=ray_tmpdir, HOME=home)
     said, errors = finish(process)
     assert process.returncode == 0
     assert errors == ""
