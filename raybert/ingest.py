@@ -6,6 +6,7 @@ With `preserve_order` the splitter gives block i to rank i % world_size, always;
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ class WindowSource(Datasource):
     def __init__(self, layout: Layout, index: ray.ObjectRef[Index]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._layout = layout
+        self._shared = ray.put(layout)  # a task that carried every page's size itself would be megabytes, times 10,000
         self._index = index
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -39,7 +41,7 @@ class WindowSource(Datasource):
         size = windows_per_task(len(windows))
         metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
         return [
-            ReadTask(_read_fn(windows[first : first + size], self._layout, self._index), metadata)
+            ReadTask(_read_fn(windows[first : first + size], self._shared, self._index), metadata)
             for first in range(0, len(windows), size)
         ]
 
@@ -48,13 +50,20 @@ def windows_per_task(num_windows: int) -> int:
     return max(1, -(-num_windows // MAX_TASKS))
 
 
-def _read_fn(windows: range, layout: Layout, index: ray.ObjectRef[Index]) -> Callable[[], Iterator[pa.Table]]:
+def _read_fn(
+    windows: range, layout: ray.ObjectRef[Layout], index: ray.ObjectRef[Index]
+) -> Callable[[], Iterator[pa.Table]]:
     def read() -> Iterator[pa.Table]:
-        content = ray.get(index)
         for window in windows:
-            yield from window_blocks(window, layout, content)
+            yield from window_blocks(window, *_kept(layout, index))
 
     return read
+
+
+@lru_cache(maxsize=1)
+def _kept(layout: ray.ObjectRef[Layout], index: ray.ObjectRef[Index]) -> tuple[Layout, Index]:
+    """What read tasks share; a process keeps it, and what was worked out from it, for its next task."""
+    return ray.get(layout), ray.get(index)
 
 
 def split(layout: Layout, index: ray.ObjectRef[Index]) -> list[DataIterator]:

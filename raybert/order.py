@@ -9,6 +9,7 @@ window of K * G positions (a window that holds an epoch boundary permutes each s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +51,9 @@ class SampleOrder:
     global_batch_size: int
     window_steps: int
     _newest: dict[int, Samples] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _epochs: dict[int, tuple[Samples, Samples]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         """N, samples an epoch."""
         return int(self.page_sizes.sum())
@@ -69,15 +71,29 @@ class SampleOrder:
 
     def _places(self, epoch: int, start: int, stop: int) -> Samples:
         """Samples at places [start, stop) of an epoch whose pages, but not yet its samples, are shuffled."""
-        pages = np.random.default_rng([self.seed, epoch, _PAGES]).permutation(len(self.page_sizes))
-        ends = np.cumsum(self.page_sizes[pages])
+        pages, ends = self._shuffled_pages(epoch)
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         pages, sizes = pages[first : last + 1], self.page_sizes[pages[first : last + 1]]
         skipped = start - (ends[first] - sizes[0])
-        page_starts = np.cumsum(self.page_sizes) - self.page_sizes
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        samples: Samples = np.repeat(page_starts[pages], sizes) + within
+        samples: Samples = np.repeat(self._page_starts[pages], sizes) + within
         return samples[skipped : skipped + stop - start]
+
+    def _shuffled_pages(self, epoch: int) -> tuple[Samples, Samples]:
+        """[pages] the pages in the order of an epoch, and at which place each one ends.
+
+        Of hundreds of millions of samples this takes a second, and every rank needs it for every window that it checks.
+        """
+        if epoch not in self._epochs:
+            pages = np.random.default_rng([self.seed, epoch, _PAGES]).permutation(len(self.page_sizes))
+            self._epochs.clear()
+            self._epochs[epoch] = pages, np.cumsum(self.page_sizes[pages])
+        return self._epochs[epoch]
+
+    @cached_property
+    def _page_starts(self) -> Samples:
+        starts: Samples = np.cumsum(self.page_sizes) - self.page_sizes
+        return starts
 
     def global_batch(self, step: int) -> Samples:
         """[G] the samples of a step's global batch, by position."""
