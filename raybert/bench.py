@@ -1,4 +1,4 @@
-"""`bench`: measure decoding, the feed, the training step, and what Ray costs; every figure with its settings."""
+"""`bench`: measure decoding, feed, step, what Ray costs, what grows with ranks; every figure with its settings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--predictions", type=int, default=20, help="masked positions in each sample, as in the files")
     parser.add_argument("--hidden", type=int, default=256, help="width of the model; heads are 64 wide")
     parser.add_argument("--layers", type=int, default=4, help="of the model")
-    parser.add_argument("--batch", type=int, help=f"global batch (default: 32; of feed {FEED_BATCH})")
+    parser.add_argument("--batch", type=int, help=f"global batch (default: 32; of feed and scale {FEED_BATCH})")
     parser.add_argument("--micro-batch", type=int, default=16, help="samples of a forward and backward")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of forward and backward")
     parser.add_argument("--dropout", type=float, default=0.1, help="of hidden states and attention")
@@ -61,8 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--allocator", choices=["raybert", "system"], default="raybert", help="settings for step")
     parser.add_argument("--workers", type=int, default=2, help="of feed")
     parser.add_argument("--samples", type=int, default=FEED_SAMPLES, help="of a round of feed")
+    parser.add_argument("--ranks", type=_integers, default="1,2,4,8,16,32,64", help="stub ranks of scale")
+    parser.add_argument("--processes", type=_integers, default="1,2,4", help="of scale that start through Ray Train")
+    parser.add_argument("--windows", type=int, default=16, help="of a round of scale's feed")
+    parser.add_argument("--shards", type=_integers, default="10,100,1000", help="files that scale indexes")
     parser.add_argument("--steps", type=int, default=60, help="of a round of ray, for each side")
     return parser
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def config_of(options: argparse.Namespace) -> Config:
@@ -135,11 +143,21 @@ def _ray(options: argparse.Namespace) -> list[Figure]:
     return bench_ray.measure_ray(config, options.rounds, num_skipped=max(10, options.steps // 60 * 10))
 
 
+def _scale(options: argparse.Namespace) -> list[Figure]:
+    from raybert import bench_scale
+
+    config = config_of(options)
+    config = replace(config, training=replace(config.training, global_batch_size=options.batch or FEED_BATCH))
+    sizes = (options.ranks, options.processes, options.shards)
+    return bench_scale.measure(config, *sizes, options.rounds, options.windows)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], list[Figure]]] = {
     "decode": _decode,
     "feed": _feed,
     "step": _step,
     "ray": _ray,
+    "scale": _scale,
 }
 
 

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,6 +127,37 @@ def test_allocator_settings_are_those_asked_for(monkeypatch):
         found = environment(config(), allocator)
         assert {name: value for name, value in found.items() if name.startswith("MALLOC_")} == expected
         assert found["OMP_NUM_THREADS"] == "1"
+
+
+def test_scale_measures_what_grows_with_ranks(tmp_path):
+    arguments = ["scale", *TINY, "--rounds", "1", "--ranks", "1,2", "--processes", "2", "--shards", "3"]
+    with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as ray_tmpdir:
+        command = [sys.executable, "run.py", "bench", *arguments, "--windows", "2", "--json", str(tmp_path / "f.json")]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=environment | {"RAY_TMPDIR": ray_tmpdir})
+    content = json.loads((tmp_path / "f.json").read_text())
+    found = {(figure["name"], figure["unit"]): figure for figure in content["figures"]}
+    assert all(min(figure["runs"]) > 0 for figure in found.values())
+
+    def value(name, unit):
+        return found[name, unit]["value"]
+
+    for ranks in (1, 2):
+        feed = f"feed, {ranks} ranks, blocks of 4096"
+        assert value(feed, "blocks a second") == pytest.approx(value(feed, "samples/s") / 4096)
+        assert value(feed, "samples/s at most") == pytest.approx(4096e3 / value(feed, "ms of coordinator CPU a block"))
+        assert found[feed, "samples/s"]["settings"]["samples"] == 2 * 32768
+    per_rank = value("history, 2 ranks", "bytes a step") - value("history, 1 ranks", "bytes a step")
+    assert 20 < per_rank < 50  # two positions and a checksum
+    parameters = found["checkpoint, 1x16", "bytes"]["settings"]["parameters"]
+    assert 12 * parameters < value("checkpoint, 1x16", "bytes") < 12 * parameters + 50_000
+    assert found["index, 3 files", "records/s"]["settings"]["records of a file"] == 2400
+    # A run has thousands of read tasks, all in the object store at once: their size must not grow with the data.
+    assert value("order, 1e+09 samples", "bytes of a read task") < 10_000
+    assert value("order, 1e+09 samples", "s for another window") < value(
+        "order, 1e+09 samples", "s for an epoch's first window"
+    )
+    assert len(found["2 worker processes", "s of all-reduce"]["runs"]) == 1
 
 
 def test_ray_needs_steps_beyond_the_first_ones():

@@ -18,13 +18,13 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
     ("batch", "loss", "model", "optim", "world"),
     ("pretrained", "step"),
     ("checkpoint", "evaluate", "loop", "telemetry"),
-    ("preflight",),
+    ("interface", "preflight"),
     ("cluster", "failures", "gauges", "ingest"),
     ("worker",),
     ("launch",),
     ("bench_data", "figure"),
     ("bench_decode", "bench_step"),
-    ("bench_ray",),
+    ("bench_ray", "bench_scale"),
     ("bench",),
     ("cli",),
     ("__main__",),
@@ -32,7 +32,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
 LEVELS = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 PURE = {module for module, level in LEVELS.items() if level <= LEVELS["feed"]}
 ONLY = {  # what only these may import
-    "ray": {"bench_ray", "cluster", "failures", "gauges", "ingest", "launch", "worker"},
+    "ray": {"bench_ray", "bench_scale", "cluster", "failures", "gauges", "ingest", "interface", "launch", "worker"},
     "torch.distributed": {"world"},
     "torch.nn.parallel": {"world"},
     "torch": LEVELS.keys() - PURE,
