@@ -14,6 +14,7 @@ from raybert.checks import check_config
 from raybert.config import Config
 from raybert.errors import UserError
 from raybert.example import Schema
+from raybert.feed import MIN_BLOCK_ROWS
 from raybert.index import Index
 from raybert.model import BertForPreTraining, check_model_config
 from raybert.optim import check_optimizer_config
@@ -21,6 +22,7 @@ from raybert.order import SampleOrder, steps_per_window
 from raybert.pretrained import check_vocabulary, load_pretrained, read_bert_config, read_vocabulary
 from raybert.storage import Directory, absolute, local_file
 
+UNNOTICED_WORKERS = 8  # what blocks of any size feed
 JOB_FILES = "working_dir_files"  # where Ray unpacks the working directories of jobs
 
 
@@ -141,6 +143,17 @@ def check_tokens(config: Config, index: Index) -> None:
         raise UserError(
             f"data.vocab_file: [CLS] is token {expected} in {config.data.vocab_file}, but samples of "
             f"{index.shards[0].file.path} begin with token {found}; give the vocabulary that the files were made with."
+        )
+
+
+def check_window(config: Config, warn: Callable[[str], None]) -> None:
+    """Warn of a window that gives many workers blocks too small for the feed to hand out at their speed."""
+    high = config.cluster.worker_range()[1]
+    wanted = MIN_BLOCK_ROWS * high
+    if high > UNNOTICED_WORKERS and config.data.window_size < wanted:
+        warn(
+            f"data.window_size={config.data.window_size} gives each of {high} workers blocks of fewer than "
+            f"{MIN_BLOCK_ROWS} samples, which fast ones may have to wait for; begin a new run with {wanted} or more."
         )
 
 

@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 from raybert.cli import main
 from raybert.config_file import config_to_yaml
 from raybert.launch import SKIPPED
+from raybert.preflight import check_window
 
 ROOT = Path(__file__).parents[1]
 GOOGLE = "--data.max_seq_length=128 --data.max_predictions_per_seq=20 --model.vocab_size=30522"
@@ -234,6 +235,18 @@ def test_bad_configurations_are_refused(places, capsys, argv, fragments):
 
 def test_misspelt_command_is_refused(capsys):
     check_refusal(main(["trian"]), capsys.readouterr().err, ["unknown command 'trian'", "did you mean train?"])
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "window_size", "is_warned"),
+    [(1, 128, False), (8, 128, False), (9, 9 * 4096 - 1, True), ("1,64", 32768, True), ("1,64", 64 * 4096, False)],
+)
+def test_a_window_too_small_for_many_workers_is_warned_of(tmp_path, num_workers, window_size, is_warned):
+    settings = {"cluster.num_workers": num_workers, "data.window_size": window_size}
+    warnings = []
+    check_window(tiny_config(tmp_path, "none", **settings), warnings.append)
+    assert len(warnings) == is_warned
+    assert all(f"data.window_size={window_size} " in text and "begin a new run with" in text for text in warnings)
 
 
 OTHERS = {

@@ -254,6 +254,14 @@ def test_a_search_that_was_stopped_early_is_not_cached(tmp_path):
     assert len(index_shard(file, TINY_SCHEMA, cache).bad) == 30
 
 
+def test_what_readers_get_reads_the_same_and_carries_no_counts(index):
+    lean, samples = index.for_reading(), np.arange(index.num_samples)
+    for name, values in index.read(samples).items():
+        np.testing.assert_array_equal(lean.read(samples)[name], values)
+    assert (lean.digest, lean.page_sizes.tolist()) == (index.digest, index.page_sizes.tolist())
+    assert not sum(shard.label_counts.size for shard in lean.shards)
+
+
 def mixed_payloads(num_samples, is_bad, path):
     """Payloads of good samples with a bad one wherever asked for."""
     records = find_records(write_samples(path, num_samples, seed=1).read_bytes())
