@@ -112,6 +112,7 @@ def _train(
     index = _index(files, "data.input_files", config, run_dir, display)
     evaluation = _index(held_out, "evaluation.input_files", config, run_dir, display) if held_out else None
     preflight.check_tokens(config, index)
+    preflight.check_window(config, display.warn)
     identity = {**preflight.identity(config), "data": index.digest}
     checkpoint = newest_checkpoint(run_dir, lambda _: None)
     if checkpoint is not None:
@@ -250,11 +251,12 @@ def _fit(job: Job, display: Display) -> None:
     """
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     inbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Inbox).remote()  # other nodes may go
+    trainer: Any = _trainer(job, Post(inbox))
     outcome: list[BaseException | None] = []
 
     def fit() -> None:
         try:
-            _trainer(job, Post(inbox)).fit()
+            trainer.fit()
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)
@@ -262,6 +264,16 @@ def _fit(job: Job, display: Display) -> None:
     # Not in the main thread: there Ray Train takes over Ctrl-C.
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
+    try:
+        _follow(thread, inbox, job, display)
+    finally:
+        cluster.cancel_request(trainer.train_run_context.run_id)
+    if outcome[0] is not None:
+        raise cause_of(outcome[0])
+
+
+def _follow(thread: threading.Thread, inbox: Any, job: Job, display: Display) -> None:
+    """Show the run's events while the thread lives."""
     gauges, alive = Gauges(job.run, job.config), True
     look_at_s = time.monotonic() + SHORTAGE_S
     while alive:
@@ -276,15 +288,13 @@ def _fit(job: Job, display: Display) -> None:
             shortage = cluster.shortage(job.config.cluster)
             if shortage:
                 display.line(shortage)
-    if outcome[0] is not None:
-        raise cause_of(outcome[0])
 
 
 def _trainer(job: Job, post: Post) -> TorchTrainer:
     config = job.config
     low, high = config.cluster.worker_range()
-    index = ray.put(job.index)
-    evaluation = None if job.evaluation is None else ray.put(job.evaluation)
+    index = ray.put(job.index.for_reading())
+    evaluation = None if job.evaluation is None else ray.put(job.evaluation.for_reading())
     remote = replace(job, index=index, evaluation=evaluation, tell=post)
     resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if config.cluster.use_gpu else {})}
     scaling: Any = ScalingConfig(
