@@ -1,5 +1,7 @@
 """Fixtures that more than one test file uses."""
 
+import functools
+
 import hypothesis
 import pytest
 import torch
@@ -28,3 +30,19 @@ def sample_index(tmp_path_factory):
 def run(tmp_path):
     """An empty run directory."""
     return Directory(str(tmp_path / "run"))
+
+
+@pytest.fixture
+def pace(tmp_path):
+    """Seconds per step of a paced run."""
+    path = tmp_path / "pace"
+    path.write_text("0.5")
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """Weights of a run in one process, by number of steps."""
+    from runs import undisturbed_weights  # not above: most tests need no Ray
+
+    return functools.cache(lambda num_steps: undisturbed_weights(tmp_path_factory.mktemp("undisturbed"), num_steps))

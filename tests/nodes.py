@@ -101,6 +101,7 @@ def ray_head(num_cpus, prepare=lambda head: None):
             while not (answers(head.dashboard) and answers(head.agent)):
                 time.sleep(0.2)
                 assert process.poll() is None and time.monotonic() < deadline_s, (head.directory / "log").read_text()
+            head.pid = process.pid
             yield head
         finally:
             for pid in (process.pid, *descendants(process.pid)):
@@ -186,3 +187,13 @@ def attempts(run_dir):
     folder = Directory(str(run_dir)) / "attempts"
     rows = [json.loads(folder.read(name)) for name in folder.names() if name.endswith(".json")]
     return [(row["world_size"], row["start_step"]) for row in rows]
+
+
+def wait_for_steps(run_dir, world_size, number, process):
+    """Wait until an attempt of so many workers has logged so many steps."""
+
+    def done():
+        newest = attempts(run_dir)[-1:]
+        return newest and newest[0][0] == world_size and logged_steps(run_dir)[-1:] >= [newest[0][1] + number]
+
+    wait_until(done, process)
