@@ -296,7 +296,7 @@ def _index(config: Config, num_shards: Sequence[int], num_rounds: int) -> list[F
             index = Index(_timed(times_s, "s to build", build), wanted)
             for _ in range(num_rounds):
                 _timed(times_s, "s to load at a start", build)
-                reference = ray.put(index)
+                reference = ray.put(index.for_reading())
                 fetched = _timed(times_s, "s of a read task to fetch", partial(ray.get, reference))
                 _timed(times_s, "s of its first read", partial(fetched.read, np.zeros(1, np.int64)))
                 _timed(times_s, "s of another read", partial(fetched.read, np.zeros(1, np.int64)))
