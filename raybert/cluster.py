@@ -181,12 +181,12 @@ def check_capacity(config: ClusterConfig) -> None:
 
 def shortage(config: ClusterConfig) -> str | None:
     """What a run waits for while the live nodes have no room for its workers; None if they have."""
-    room, low = sum(_fitting(node, config) for node in live_nodes()), config.worker_range()[0]
+    room, (low, high) = sum(_fitting(node, config) for node in live_nodes()), config.worker_range()
     if room >= low:
         return None
     return (
         f"waiting for nodes: {_needs(config)} for each of at least {low} workers, and room for {room} now; "
-        "`ray status` on the head says what the autoscaler does."
+        f"`ray status` on the head says what the autoscaler does. It starts none at all if it may not start {high}."
     )
 
 

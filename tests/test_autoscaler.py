@@ -103,9 +103,7 @@ def test_nodes_come_from_none_one_is_taken_away_and_all_go(head, tmp_path, pace,
         number = len(attempts(run_dir))
         write_config(head, 1)
         wait_until(lambda: num_nodes(head) == 1, process)
-        write_config(
-            head, MAX_NODES
-        )  # at once: of a request that the file does not allow whole, Ray keeps no idle node
+        write_config(head, MAX_NODES)  # at once: for a request that the file does not allow whole, Ray keeps no node
         wait_until(lambda: len(attempts(run_dir)) > number, process)
         wait_for_steps(run_dir, 2, 6, process)
         assert num_nodes(head) == 2
