@@ -196,4 +196,4 @@ def wait_for_steps(run_dir, world_size, number, process):
         newest = attempts(run_dir)[-1:]
         return newest and newest[0][0] == world_size and logged_steps(run_dir)[-1:] >= [newest[0][1] + number]
 
-    wait_until(done, process)
+    wait_until(done, process, timeout_s=300)

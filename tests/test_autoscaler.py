@@ -79,8 +79,8 @@ def num_nodes(head):
 
 
 def assert_no_node_is_left(head):
-    """Not much longer than nodes may be idle."""
-    deadline_s = time.monotonic() + IDLE_S + 30
+    """Not much longer than nodes may be idle; a request that nobody gives up expires after 180 s."""
+    deadline_s = time.monotonic() + IDLE_S + 60
     while num_nodes(head):
         assert time.monotonic() < deadline_s, f"{num_nodes(head)} nodes are left"
         time.sleep(0.5)
@@ -104,7 +104,7 @@ def test_nodes_come_from_none_one_is_taken_away_and_all_go(head, tmp_path, pace,
         write_config(head, 1)
         wait_until(lambda: num_nodes(head) == 1, process)
         write_config(head, MAX_NODES)  # at once: for a request that the file does not allow whole, Ray keeps no node
-        wait_until(lambda: len(attempts(run_dir)) > number, process)
+        wait_until(lambda: len(attempts(run_dir)) > number, process, timeout_s=300)
         wait_for_steps(run_dir, 2, 6, process)
         assert num_nodes(head) == 2
         pace.write_text("0")
@@ -120,5 +120,5 @@ def test_no_node_is_left_by_an_interrupted_run(head, tmp_path, pace):
     with run_of_two(head, run_dir, 1000, pace) as process:
         wait_for_steps(run_dir, 2, 1, process)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 128 + signal.SIGINT
+        assert process.wait(180) == 128 + signal.SIGINT
     assert_no_node_is_left(head)

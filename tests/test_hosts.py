@@ -50,7 +50,7 @@ class Host:
         with self.log.open("w") as log:
             self.node = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
 
-    def wait(self, timeout_s=90):
+    def wait(self, timeout_s=180):
         """Wait until the node runs."""
         deadline_s = time.monotonic() + timeout_s
         while "Ray runtime started" not in self.log.read_text():
@@ -163,7 +163,7 @@ SETTINGS = {"cluster__num_workers": "1,2", "cluster__cpus_per_worker": 2, "clust
 def refusal(hosts, *arguments):
     """What a run on the head host says that is refused."""
     with hosts.running(*arguments) as process:
-        assert process.wait(120) != 0
+        assert process.wait(300) != 0
         return process.read_output()
 
 
@@ -197,7 +197,7 @@ def test_a_host_is_cut_off_and_healed(hosts, tmp_path, pace, sample_index, undis
         wait_for_steps(run_dir, 1, 6, process)
         before = written_by(number)
         hosts.heal(lost)
-        assert lost.node.wait(90) != 0  # Ray ends a node that was given up
+        assert lost.node.wait(180) != 0  # Ray ends a node that was given up
         hosts.join(lost)
         wait_for_steps(run_dir, 2, 1, process)
         pace.write_text("0")
