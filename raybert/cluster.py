@@ -39,6 +39,12 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
 
+NO_NODES_FOR_THE_FEED = {
+    # Ray Data would ask the autoscaler for twice the nodes once half of a resource is in use, and workers use that much.
+    f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{resource}_UTIL_THRESHOLD": "inf"
+    for resource in ("CPU", "GPU", "MEMORY", "OBJECT_STORE_MEMORY")
+}
+
 
 @dataclass(frozen=True)
 class Node:
@@ -76,7 +82,7 @@ def connected(config: ClusterConfig, verbose: bool) -> Iterator[None]:
     """
     for name, value in {**ENVIRONMENT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.start_timeout_s)}.items():
         os.environ.setdefault(name, value)
-    variables = {**MALLOC, **_own_state_api()}
+    variables = {**MALLOC, **NO_NODES_FOR_THE_FEED, **_own_state_api()}
     settings: dict[str, Any] = {
         "runtime_env": {"env_vars": {name: variables[name] for name in variables.keys() - _given_variables()}},
         "log_to_driver": verbose,
