@@ -41,7 +41,7 @@ ENVIRONMENT = {
 
 NO_NODES_FOR_THE_FEED = {
     # Ray Data would ask the autoscaler for twice the nodes once half of a resource is in use, as workers do.
-    f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{resource}_UTIL_THRESHOLD": "inf"
+    f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{resource}_UTIL_THRESHOLD": "1e9"
     for resource in ("CPU", "GPU", "MEMORY", "OBJECT_STORE_MEMORY")
 }
 
