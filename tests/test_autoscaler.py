@@ -95,7 +95,7 @@ def run_of_two(head, run_dir, num_steps, pace):
 
 def test_nodes_come_from_none_one_is_taken_away_and_all_go(head, tmp_path, pace, sample_index, undisturbed):
     """As many nodes as the run asks for, though there may be more; the one taken away is replaced, and trained on."""
-    num_steps, run_dir = 120, tmp_path / "run"
+    num_steps, run_dir = 200, tmp_path / "run"
     assert num_nodes(head) == 0
     with run_of_two(head, run_dir, num_steps, pace) as process:
         wait_for_steps(run_dir, 2, 12, process)
@@ -106,7 +106,8 @@ def test_nodes_come_from_none_one_is_taken_away_and_all_go(head, tmp_path, pace,
         write_config(head, MAX_NODES)  # at once: for a request that the file does not allow whole, Ray keeps no node
         wait_until(lambda: len(attempts(run_dir)) > number, process, timeout_s=300)
         wait_for_steps(run_dir, 2, 6, process)
-        assert num_nodes(head) == 2
+        # While the old group's reservation stands beside the new one's, Ray may start a node more: idle, it goes.
+        wait_until(lambda: num_nodes(head) == 2, process)
         pace.write_text("0")
         finish(process)
     assert_no_node_is_left(head)
