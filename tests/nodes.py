@@ -31,7 +31,7 @@ def cluster(num_nodes, include_dashboard=False):
     """A head that feeds, with no room for a worker, and nodes with room for one worker each."""
     with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as directory:
         head = {"num_cpus": 1, "object_store_memory": 300_000_000, "temp_dir": directory}
-        head |= {"include_dashboard": include_dashboard, "dashboard_port": free_ports(1)[0]}
+        head |= {"include_dashboard": include_dashboard, **own_dashboard()}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(num_nodes):
@@ -48,6 +48,11 @@ def free_ports(number):
     for each in sockets:
         each.close()
     return ports
+
+
+def own_dashboard():
+    """A head's argument: another's default port in use makes Ray leak a socket, even without a dashboard."""
+    return {"dashboard_port": free_ports(1)[0]}
 
 
 def answers(place):

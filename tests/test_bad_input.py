@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import DATA, SAMPLE_FILE, tiny_config, write_samples
+from nodes import own_dashboard
 from ray.cluster_utils import Cluster
 
 from raybert.cli import main
@@ -335,7 +336,7 @@ def test_storage_that_does_not_answer_is_refused_soon(places, tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray cluster of one node with two CPUs that never grows."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, **own_dashboard()})
     yield cluster
     cluster.shutdown()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_config, write_samples
-from nodes import descendants
+from nodes import descendants, own_dashboard
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -229,7 +229,7 @@ def test_interrupted_run_on_ray_leaves_no_process_and_is_resumed(config_file, ru
 
 @pytest.fixture(scope="module")
 def cluster():
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, **own_dashboard()})
     yield cluster
     cluster.shutdown()
 
