@@ -92,13 +92,18 @@ def _to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def find_checkpoints(run: Directory) -> list[str]:
     """Names of all checkpoint directories of a run, newest first, complete or not."""
     names = [name for name in (run / CHECKPOINTS).names() if _NAME.fullmatch(name)]
-    return sorted(names, key=_place, reverse=True)
+    return sorted(names, key=place, reverse=True)
 
 
-def _place(name: str) -> tuple[int, int]:
-    """Step and attempt of a checkpoint's name."""
+def place(name: str) -> tuple[int, int]:
+    """Step and attempt of a checkpoint's name.
+
+    Raises:
+        ValueError: it is no checkpoint's name.
+    """
     match = _NAME.fullmatch(name)
-    assert match, name
+    if not match:
+        raise ValueError(f"{name!r} is no name of a checkpoint")
     return int(match[1]), int(match[2])
 
 
@@ -112,7 +117,7 @@ def newest_checkpoint(run: Directory, warn: Callable[[str], None]) -> Checkpoint
         directory = run / CHECKPOINTS / name
         if not directory.exists(MANIFEST):
             continue
-        damage = _damage(directory)
+        damage = find_damage(run, name)
         if damage is None:
             return open_checkpoint(run, name)
         warn(f"Checkpoint {directory.uri} is damaged ({damage}); falling back to the one before.")
@@ -126,20 +131,25 @@ def open_checkpoint(run: Directory, name: str) -> Checkpoint:
     return Checkpoint(directory, name, int(state["step"]), state)
 
 
-def _damage(directory: Directory) -> str | None:
+def find_damage(run: Directory, name: str) -> str | None:
     """What is wrong with a checkpoint that has a manifest; None if it is intact."""
+    directory = run / CHECKPOINTS / name
     try:
         manifest = json.loads(directory.read(MANIFEST))
-        files = dict(manifest["files"])
+        files, of = dict(manifest["files"]), (manifest["step"], manifest["attempt"])
     except (ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is unreadable: {error!r}"
-    for name, expected in files.items():
+    unlisted = {MODEL, OPTIMIZER, STATE} - files.keys()
+    if of != place(name) or unlisted:
+        what = f"lists no {min(unlisted)}" if unlisted else f"is of step {of[0]!r}, attempt {of[1]!r}"
+        return f"{MANIFEST} {what}"
+    for file, expected in files.items():
         try:
-            found = directory.digest(name)
+            found = directory.digest(file)
         except FileNotFoundError:
-            return f"{name} is missing"
+            return f"{file} is missing"
         if found != expected:
-            return f"{name} has digest {found[:12]}, expected {expected[:12]}"
+            return f"{file} has digest {found[:12]}, expected {str(expected)[:12]}"
     return None
 
 
@@ -266,7 +276,7 @@ class Writer:
 
     def _prune(self, newest: str) -> None:
         """Delete what lies behind the newest checkpoint: complete ones beyond `keep`, and incomplete ones."""
-        names = [name for name in find_checkpoints(self.run) if _place(name) <= _place(newest)]
+        names = [name for name in find_checkpoints(self.run) if place(name) <= place(newest)]
         complete = [name for name in names if (self.run / CHECKPOINTS / name).exists(MANIFEST)]
         doomed = complete[self.keep :] if self.keep else []
         for name in [*doomed, *(name for name in names if name not in complete)]:
@@ -306,6 +316,10 @@ class Saver:
         """Wait until no write is pending."""
         if self._thread is not None:
             self._thread.join()
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the newest complete checkpoint of this attempt is that of a step."""
+        return self._parent == checkpoint_name(step, self._writer.attempt)
 
     def save(self, state: TrainState, records: Sequence[StepRecord]) -> None:
         """Copy the state and write it behind the next steps; while a write is pending, only keep the records.

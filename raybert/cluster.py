@@ -24,8 +24,10 @@ from raybert import interface
 from raybert.allocator import MALLOC
 from raybert.config import ClusterConfig
 from raybert.errors import UserError
+from raybert.storage import Directory
 
 COORDINATOR = "AutoscalingCoordinator"  # Ray's actor of that name, in a namespace of that name
+REQUEST = "ray_request"  # names, in the run directory, what the newest driver asks of Ray
 ADDRESS, LOCAL = "RAY_ADDRESS", "local"
 CONNECT_TIMEOUT_S = 5
 TOKEN = "set RAY_AUTH_MODE=token and put the token into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH"
@@ -194,6 +196,13 @@ def shortage(config: ClusterConfig) -> str | None:
         f"waiting for nodes: {_needs(config)} for each of at least {low} workers, and room for {room} now; "
         f"`ray status` on the head says what the autoscaler does. It starts none at all if it may not start {high}."
     )
+
+
+def replace_request(run: Directory, train_run_id: str) -> None:
+    """Give up what a driver of the same run, that was killed, still asks for: for 180 s nobody else would get it."""
+    if run.exists(REQUEST):
+        cancel_request(run.read(REQUEST).decode())
+    run.write(REQUEST, train_run_id.encode())
 
 
 def cancel_request(train_run_id: str) -> None:

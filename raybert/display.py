@@ -49,6 +49,8 @@ class Display:
             self.line(attempt_line(event))
         elif event.kind == "warning":
             self.line(f"warning: {event.text}", "yellow")
+        elif event.kind == "resize":
+            self.line(event.text)
         else:
             self.line(f"checkpoint {event.text}", "dim")
 

@@ -5,8 +5,8 @@ With `preserve_order` the splitter gives block i to rank i % world_size, always;
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -55,15 +55,25 @@ def _read_fn(
 ) -> Callable[[], Iterator[pa.Table]]:
     def read() -> Iterator[pa.Table]:
         for window in windows:
-            yield from window_blocks(window, *_kept(layout, index))
+            yield from window_blocks(window, *_fetched(layout, index))
 
     return read
 
 
-@lru_cache(maxsize=1)
-def _kept(layout: ray.ObjectRef[Layout], index: ray.ObjectRef[Index]) -> tuple[Layout, Index]:
-    """What read tasks share; a process keeps it, and what was worked out from it, for its next task."""
-    return ray.get(layout), ray.get(index)
+_kept: dict[str, tuple[Layout, Index]] = {}
+
+
+def _fetched(layout: ray.ObjectRef[Layout], index: ray.ObjectRef[Index]) -> tuple[Layout, Index]:
+    """What read tasks share; a process keeps it, and what was worked out from it, for its next task.
+
+    Kept are copies, not the references or what lies in the node's object store: with one of those held, Ray takes the
+    process for busy, and its node, needed or not, would never be taken away for being idle.
+    """
+    name = layout.hex() + index.hex()
+    if name not in _kept:
+        _kept.clear()
+        _kept[name] = copy.deepcopy((ray.get(layout), ray.get(index)))
+    return _kept[name]
 
 
 def split(layout: Layout, index: ray.ObjectRef[Index]) -> list[DataIterator]:

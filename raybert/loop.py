@@ -27,7 +27,9 @@ class Observer(Protocol):
 
     def train_metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def eval_metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def is_asked_to_hold(self) -> bool: ...
     def save(self, state: TrainState, records: list[StepRecord]) -> None: ...
+    def save_and_hold(self, state: TrainState, records: list[StepRecord]) -> None: ...
 
 
 @dataclass
@@ -134,9 +136,11 @@ def train(
     """
     meter, trail, result = Meter.start(world, config.training), Trail(world, attempt), Result()
     for wait_s, batch in _timed(batches):
+        is_hold_asked = world.any(observer is not None and observer.is_asked_to_hold())
         outcome = train_step(state, batch, config.training, config.optimizer, world)
         meter.add(outcome, wait_s)
         trail.add(batch, outcome)
+        is_hold = is_hold_asked()
         is_last = state.step == config.training.num_steps
         if is_due(state.step, config.training.log_every_steps) or is_last:
             result.train = _checked(meter.drain(outcome), state, config)
@@ -149,6 +153,12 @@ def train(
                 observer.eval_metrics(state.step, result.evaluation)
         if is_last:
             _check_finite(outcome, state)
+        elif is_hold:
+            _check_finite(outcome, state)
+            records = trail.drain()
+            if observer:  # the others meet it, or their end, in the next step
+                with meter.paused():
+                    observer.save_and_hold(state, records)
         elif is_due(state.step, config.checkpoint.every_steps):
             _check_finite(outcome, state)
             records = trail.drain()

@@ -26,6 +26,7 @@ from raybert.events import Event, Tell
 from raybert.failures import AT_STEP
 from raybert.feed import Layout, RankBatch, local_batches, rank_batches
 from raybert.history import Attempt, StepRecord, begin_attempt, newest_attempt
+from raybert.hold import HOLD
 from raybert.index import Index
 from raybert.loop import train
 from raybert.order import SampleOrder
@@ -116,7 +117,7 @@ def _join(job: Job) -> tuple[World, Attempt, Iterator[RankBatch]]:
     if job.config.cluster.worker_range()[1] == 0:
         world, attempt = World(device=device), Begin(job.run, job.tell)(1)
         return world, attempt, local_batches(Layout(job.order, 1, attempt.start_step, num_steps), job.index)
-    world = World.current(device)
+    world = World.current(device, job.config.cluster.collective_timeout_s)
     iterator = ray.train.get_dataset_shard(ingest.TRAIN)
     attempt = iterator.attempt
     check_shared(job.run, attempt.number)
@@ -180,7 +181,7 @@ class Recorder:
         attempt: that this worker belongs to.
         scratch: a local directory that lives as long as this.
         """
-        self._tell, self._num_steps = job.tell, job.config.training.num_steps
+        self._tell, self._num_steps, self._attempt = job.tell, job.config.training.num_steps, attempt.number
         self._telemetry = Telemetry(job.run, attempt.start_step, scratch)
         vocab_file = _local_vocabulary(job.run, scratch)
         writer = Writer(job.run, attempt.number, job.config.model, vocab_file, job.identity, job.config.checkpoint.keep)
@@ -199,6 +200,20 @@ class Recorder:
     def save(self, state: TrainState, records: list[StepRecord]) -> None:
         """Save a checkpoint behind the next steps."""
         self._saver.save(state, records)
+
+    def is_asked_to_hold(self) -> bool:
+        """Whether whoever is about to end this attempt has asked for a checkpoint first."""
+        return HOLD.state == "asked"
+
+    def save_and_hold(self, state: TrainState, records: list[StepRecord]) -> None:
+        """Save a checkpoint now; once it is complete, wait for the end that it was asked for."""
+        self._saver.wait()
+        self._saver.save(state, records)
+        self._saver.wait()
+        if not self._saver.is_saved(state.step):
+            HOLD.release()
+        elif not HOLD.keep():
+            self._warn(f"Nobody ended attempt {self._attempt} after the checkpoint it was asked for; it trains on.")
 
     def finish(
         self,

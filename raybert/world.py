@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,18 +23,26 @@ class World:
         rank: of this process, from 0.
         size: number of ranks; at 1 no process group is needed.
         device: this rank's.
+        control: group of the same ranks whose messages stay on the host, so that asking waits for no device.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
+    control: dist.ProcessGroup | None = None
 
     @classmethod
-    def current(cls, device: torch.device) -> World:
-        """The initialised process group, or a world of one."""
+    def current(cls, device: torch.device, timeout_s: float = 180.0) -> World:
+        """The initialised process group, or a world of one; all ranks call it.
+
+        Args:
+            device: this rank's.
+            timeout_s: seconds after which an unanswered question (`any`) is an error.
+        """
         if not dist.is_initialized():
             return cls(device=device)
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        return cls(dist.get_rank(), dist.get_world_size(), device, control)
 
     @property
     def is_first(self) -> bool:
@@ -45,6 +55,23 @@ class World:
         if self.size > 1:
             dist.all_reduce(total)
         return total
+
+    def any(self, mine: bool) -> Callable[[], bool]:
+        """Ask whether any rank says yes, which every rank must ask; the answer is ready when it is called for.
+
+        What is done between asking and calling hides the time that the messages take.
+        """
+        if self.size == 1:
+            return lambda: mine
+        votes = torch.tensor([int(mine)])
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, self.control, async_op=True)
+        assert work is not None
+
+        def answer() -> bool:
+            work.wait()
+            return bool(votes)
+
+        return answer
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """[size, ...] a tensor of the same shape from every rank, in rank order."""

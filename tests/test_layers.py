@@ -8,7 +8,7 @@ import pytest
 import raybert
 
 LAYERS = (  # from the bottom; a module imports from layers below its own
-    ("__init__", "allocator", "config", "errors", "events", "jit", "order"),
+    ("__init__", "allocator", "config", "errors", "events", "hold", "jit", "order"),
     ("checks", "config_file", "crc", "display", "flops", "model_garden", "storage"),
     ("compression", "history"),
     ("tfrecord",),
@@ -18,8 +18,9 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
     ("batch", "loss", "model", "optim", "world"),
     ("pretrained", "step"),
     ("checkpoint", "evaluate", "loop", "telemetry"),
-    ("interface", "preflight"),
-    ("cluster", "failures", "gauges", "ingest"),
+    ("agent", "interface", "preflight"),
+    ("verify",),
+    ("cluster", "failures", "gauges", "ingest", "scaling"),
     ("worker",),
     ("launch",),
     ("bench_data", "figure"),
@@ -32,7 +33,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
 LEVELS = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 PURE = {module for module, level in LEVELS.items() if level <= LEVELS["feed"]}
 ONLY = {  # what only these may import
-    "ray": {"bench_ray", "bench_scale", "cluster", "failures", "gauges", "ingest", "interface", "launch", "worker"},
+    "ray": {"agent", "bench_ray", "bench_scale", "cluster", "failures", "gauges", "ingest", "interface", "launch", "scaling", "worker"},
     "torch.distributed": {"world"},
     "torch.nn.parallel": {"world"},
     "torch": LEVELS.keys() - PURE,
