@@ -14,6 +14,7 @@ import yaml
 from raybert.config import Config
 from raybert.errors import UserError
 
+CONFIG = "config.yaml"  # in a run directory
 SHIPPED_DIR = Path(__file__).parent / "configs"
 SECTIONS: Mapping[str, type] = {
     name: hint for name, hint in get_type_hints(Config).items() if isinstance(hint, type) and is_dataclass(hint)

@@ -129,11 +129,12 @@ def read_history(run: Directory, checkpoint: str | None) -> list[StepRecord]:
     chain: list[list[StepRecord]] = []
     while checkpoint is not None:
         header, *lines = (run / RECORDS).read(f"{checkpoint}.jsonl").decode().splitlines()
-        chain.append([_record(json.loads(line)) for line in lines])
+        chain.append([to_record(json.loads(line)) for line in lines])
         checkpoint = json.loads(header)["parent"]
     return [record for records in reversed(chain) for record in records]
 
 
-def _record(row: dict[str, Any]) -> StepRecord:
+def to_record(row: dict[str, Any]) -> StepRecord:
+    """The record that a line holds."""
     arrivals = tuple(Arrival(*arrival) for arrival in row["arrivals"])
     return StepRecord(row["step"], row["attempt"], arrivals, row.get("skipped"))

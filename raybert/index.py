@@ -29,6 +29,7 @@ from raybert.tfrecord import BadRecord, find_records, walk
 Ints = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[np.generic]]
 
+INDEX, LIST = "index", "files.json"  # in a run directory; in there, which files are trained on
 PAGE_RECORDS = 256
 CHUNK_BYTES = 16 << 20
 MAX_BAD_SHOWN = 20
@@ -83,7 +84,7 @@ def index_shard(file: File, schema: Schema, cache: Directory, max_bad: int | Non
     Raises:
         UserError: this node does not see the file.
     """
-    name = hashlib.sha256(f"{file.path}\0{schema}\0{FORMAT_VERSION}".encode()).hexdigest()[:24]
+    name = _entry_name(file.path, schema)
     cached = _load(cache, name, file)
     if cached is not None:
         return cached
@@ -190,8 +191,46 @@ def _to_bytes(shard: Shard) -> bytes:
     return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
 
 
+def _entry_name(path: str, schema: Schema) -> str:
+    return hashlib.sha256(f"{path}\0{schema}\0{FORMAT_VERSION}".encode()).hexdigest()[:24]
+
+
 def _load(cache: Directory, name: str, file: File) -> Shard | None:
     """A cached index, unless the file has changed since or the cache entry is damaged."""
+    shard = _read_entry(cache, name)
+    if shard is None or shard.file != file:
+        return None
+    if shard.data_path == file.path:
+        return shard
+    if not cache.exists(f"{name}.tfrecord"):  # of a compressed file: the copy, wherever the cache is by now
+        return None
+    return replace(shard, data_path=(cache / f"{name}.tfrecord").uri)
+
+
+def cached_shard(path: str, schema: Schema, cache: Directory) -> Shard | None:
+    """The index of a file as it was cached, be the file still there or not; None if the entry is missing or damaged."""
+    return _read_entry(cache, _entry_name(path, schema))
+
+
+def write_list(index: Index, cache: Directory) -> None:
+    """Put down which files an index is of."""
+    cache.write(LIST, json.dumps([shard.file.path for shard in index.shards], indent=1).encode())
+
+
+def read_list(cache: Directory) -> list[str]:
+    """Paths of the files that a run was last trained on, in the order of its index.
+
+    Raises:
+        FileNotFoundError: there is no list.
+        ValueError: it is damaged.
+    """
+    paths = json.loads(cache.read(LIST))
+    if not (isinstance(paths, list) and all(isinstance(path, str) for path in paths)):
+        raise ValueError(f"{LIST} is no list of paths")
+    return paths
+
+
+def _read_entry(cache: Directory, name: str) -> Shard | None:
     try:
         entry = cache.read(f"{name}.index")
     except FileNotFoundError:
@@ -202,15 +241,8 @@ def _load(cache: Directory, name: str, file: File) -> Shard | None:
     with np.load(io.BytesIO(content), allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in archive.files}
     meta = json.loads(arrays.pop("meta").tobytes())
-    if File(**meta.pop("file")) != file:
-        return None
-    bad = tuple(BadRecord(**record) for record in meta.pop("bad"))
-    data_path = file.path
-    if meta.pop("data_path") != file.path:  # of a compressed file: the copy, wherever the cache is by now
-        if not cache.exists(f"{name}.tfrecord"):
-            return None
-        data_path = (cache / f"{name}.tfrecord").uri
-    return Shard(file=file, data_path=data_path, bad=bad, **meta, **arrays)
+    file, bad = File(**meta.pop("file")), tuple(BadRecord(**record) for record in meta.pop("bad"))
+    return Shard(file=file, bad=bad, **meta, **arrays)
 
 
 @dataclass(frozen=True)

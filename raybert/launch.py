@@ -23,19 +23,19 @@ from raybert import cluster, ingest, preflight
 from raybert.checkpoint import Checkpoint, newest_checkpoint
 from raybert.compression import compression
 from raybert.config import Config
-from raybert.config_file import config_to_yaml
+from raybert.config_file import CONFIG, config_to_yaml
 from raybert.display import Display
 from raybert.errors import UserError
 from raybert.evaluate import unigram_loss
 from raybert.events import Event
 from raybert.failures import StopRetrying, cause_of
 from raybert.gauges import Gauges
-from raybert.index import Index, Shard, check_shards, index_shard
+from raybert.index import INDEX, Index, Shard, check_shards, index_shard, write_list
 from raybert.storage import Directory, File, find_files, local_file, open_input
 from raybert.telemetry import EVAL, read_metrics
 from raybert.worker import VOCABULARY, Begin, Job, train_ray_worker, train_worker
 
-CONFIG, SKIPPED, INDEX, BASELINES = "config.yaml", "skipped_records.json", "index", "baselines.json"
+SKIPPED, BASELINES = "skipped_records.json", "baselines.json"
 POLL_S = 0.3
 SHORTAGE_S = 60.0  # between two looks at whether the run waits for nodes
 MAX_BAD_RECORDS = 20  # after so many, a file that is refused is not read on
@@ -204,6 +204,7 @@ def _write_settings(config: Config, run_dir: Directory, index: Index, evaluation
     run_dir.write(CONFIG, config_to_yaml(config).encode())
     if config.data.vocab_file is not None:
         with local_file(config.data.vocab_file) as path:
+    write_list(index, run_dir / INDEX)
             run_dir.write(VOCABULARY, path.read_bytes())
     if evaluation is not None:
         random_next = evaluation.num_random_next / evaluation.num_samples

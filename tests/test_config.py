@@ -438,7 +438,7 @@ def test_train_help_shows_every_field_with_its_docstring() -> None:
         (["train", "--training.num_steps", "abc"], "command line: training.num_steps must be int, got 'abc'."),
         (["train"], "data.input_files must not be empty"),
         (["trian"], "command line: unknown command 'trian'; did you mean train?"),
-        (["--train_batch_size=3"], "unknown command '--train_batch_size=3'; begin with one of train, bench"),
+        (["--train_batch_size=3"], "unknown command '--train_batch_size=3'; begin with one of train, verify, bench"),
     ],
 )
 def test_user_error_is_one_message_and_exit_code_1(argv: list[str], message: str) -> None:
