@@ -156,6 +156,23 @@ def _trust_ratios(params: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
     return [ratio if param.ndim > 1 else torch.ones_like(ratio) for ratio, param in zip(ratios, params, strict=True)]
 
 
+def update(optimizer: torch.optim.Optimizer, is_skipped: Tensor) -> None:
+    """One update; none, of weights, moments and their count alike, where it is to be skipped.
+
+    AdamW does not wait for the device to know; LAMB does.
+
+    Args:
+        optimizer: from `build_optimizer`.
+        is_skipped: 0-d bool, on the device.
+    """
+    if isinstance(optimizer, Lamb):
+        if not is_skipped:
+            optimizer.step()
+        return
+    optimizer.found_inf = is_skipped.float()  # type: ignore[attr-defined]  # GradScaler's way into the fused kernel
+    optimizer.step()
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales all gradients down, in place, so that their common 2-norm is at most max_norm; 0 only measures.
 

@@ -15,7 +15,7 @@ from raybert.feed import RankBatch
 from raybert.flops import training_flops
 from raybert.loss import Sums, mlm_sums, nsp_sums, total_loss
 from raybert.model import BertForPreTraining
-from raybert.optim import build_optimizer, clip_gradients, learning_rate
+from raybert.optim import build_optimizer, clip_gradients, learning_rate, update
 from raybert.order import rank_slice
 from raybert.world import World, without_sync
 
@@ -50,7 +50,7 @@ class StepResult:
     Args:
         sums: loss and accuracy sums of this rank's slice.
         grad_norm: 0-d, norm of the global gradient before clipping.
-        skipped: 0-d bool, whether the update was skipped.
+        skipped: 0-d bool, whether the update was skipped; the same on all ranks.
         num_tokens: real tokens of this rank's slice.
         flops: operations that the model needs for it.
     """
@@ -79,16 +79,19 @@ def create_state(model: ModelConfig, training: TrainingConfig, optimizer: Optimi
 def train_step(
     state: TrainState, batch: RankBatch, training: TrainingConfig, optimizer: OptimizerConfig, world: World
 ) -> StepResult:
-    """Consume one global batch: gradients of all its samples, one clip, one update."""
+    """Consume one global batch: gradients of all its samples, one clip, one update.
+
+    A gradient that is not finite makes none. It is the global gradient, so all ranks know alike.
+    """
     sums = _backward(state, batch, training, world)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, optimizer, training.num_steps)
     state.scaler.unscale_(state.optimizer)
     grad_norm = clip_gradients(state.model.parameters(), optimizer.max_grad_norm)
-    state.scaler.step(state.optimizer)
+    skipped = ~torch.isfinite(grad_norm)
+    update(state.optimizer, skipped)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    skipped = ~torch.isfinite(grad_norm) if state.scaler.is_enabled() else torch.zeros_like(grad_norm, dtype=torch.bool)
     state.num_skipped += skipped
     state.step += 1
     lengths = batch.features["input_mask"].sum(axis=1)

@@ -202,6 +202,29 @@ def test_an_overflow_in_fp16_skips_the_update_and_consumes_the_step(index):
     assert not torch.equal(weights(state), before)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_makes_no_update(index, precision, kind):
+    """Weights, moments and their count stay as they were; the step is consumed."""
+    training, optimizer = replace(TRAINING, precision=precision), replace(OPTIMIZER, type=kind)
+    state = create_state(MODEL, training, optimizer, World())
+    batch, first, second = list(batches(index, World(), stop_step=3))
+    assert not train_step(state, batch, training, optimizer, World()).skipped
+    before = host_copy(state)
+    hook = state.model.register_forward_hook(lambda *_: (_[2][0] * torch.nan, _[2][1]))
+    assert train_step(state, first, training, optimizer, World()).skipped
+    hook.remove()
+    after = host_copy(state)
+    assert (after.step, after.num_updates) == (2, 1) == (before.step + 1, before.num_updates)
+    for name in ("model", "optimizer"):
+        ours, theirs = getattr(after, name), getattr(before, name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert not train_step(state, second, training, optimizer, World()).skipped
+    assert not torch.equal(
+        weights(state), torch.cat([before.model[name].ravel() for name, _ in state.model.named_parameters()])
+    )
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_is_near_fp32(index, precision):
     losses = []
