@@ -37,6 +37,8 @@ KNOCK_S = 2.0  # that a node may take to answer
 CALL_S = 5.0  # that Ray's actors may take to answer
 LOOK_S = 2.0  # between two looks at how many workers there is room for while they run
 IDLE_S = 0.2  # between two looks while there is no room; Ray's controller itself would not pause
+SETTLE_S = 5.0  # that a run which begins waits for more nodes than it needs at least, once they stop coming
+RELEASE_S = 3.0  # that what workers held may take to be free after their end
 ASK_AGAIN_S = 2.0  # after a checkpoint that was asked for could not be written
 
 SEAM = "_initialize_and_run_controller"
@@ -135,10 +137,15 @@ class CheckpointedScaling(ElasticScalingPolicy):
         """As many workers as there is room for now."""
         self._maybe_send_resource_request()  # type: ignore[no-untyped-call]
         number = self._possible_workers(live_nodes(), {})
-        if number is None or number < self.scaling_config.min_workers:
+        if number is None or number < self.scaling_config.min_workers or not self._is_settled(number):
             time.sleep(IDLE_S)
             return NoopDecision()
         return self._get_resize_decision(number)
+
+    def _is_settled(self, number: int) -> bool:
+        """Whether a run that begins has waited long enough for nodes that are still on their way."""
+        has_begun, is_all = self._started_at_s is not None, number == self.scaling_config.max_workers
+        return has_begun or is_all or self._wishes.held_s(number) >= SETTLE_S
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
@@ -167,9 +174,21 @@ class CheckpointedScaling(ElasticScalingPolicy):
         self._tell(Event("resize", text=f"{reason}: from {size} to {number} workers"))
         return self._get_resize_decision(number)
 
-    def on_controller_start_worker_group(self, **_: object) -> dict[str, str] | None:
-        """Keep the workers off nodes that do not answer or are about to go."""
+    def on_controller_start_worker_group(self, *, num_workers: int, **_: object) -> dict[str, str] | None:
+        """Keep the workers off nodes that do not answer or are about to go.
+
+        Waits until what the workers before them held is free: while a second reservation stood beside the first, an
+        autoscaler would start nodes for it.
+        """
+        until_s = time.monotonic() + RELEASE_S
+        while self._free_workers() < num_workers and time.monotonic() < until_s:
+            time.sleep(IDLE_S)
         return {RAY_NODE_ID_KEY: f"!in({','.join(self._avoided)})"} if self._avoided else None
+
+    def _free_workers(self) -> int:
+        """How many workers what nobody uses has room for."""
+        free = room(available_resources_per_node(), self.scaling_config._resources_per_worker_not_none)
+        return sum(number for node_id, number in free.items() if node_id not in self._avoided)
 
     def _possible_workers(self, nodes: Mapping[str, Node], own: Mapping[str, int]) -> int | None:
         """How many workers there is room for, on nodes that answer and stay; None if Ray does not say.
