@@ -26,6 +26,7 @@ from ray.autoscaler._private.aws import utils as aws_utils
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.docker import docker_start_cmds
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.sdk import get_docker_host_mount_location
 from ray.autoscaler.v2.event_logger import AutoscalerEventLogger
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -33,8 +34,10 @@ from ray.core.generated.autoscaler_pb2 import ResourceRequest, ResourceRequestBy
 from ray.scripts.scripts import start
 
 import raybert
+from raybert import agent
 from raybert.cluster import Node, check_nodes
 from raybert.config import ClusterConfig
+from raybert.notice import HOST
 
 CLUSTER = Path(raybert.__file__).parent.parent / "cluster"
 CLOUDS = ("aws", "gcp", "azure")
@@ -99,12 +102,34 @@ def test_ray_accepts_the_configuration(config):
 def test_ray_understands_the_start_commands(config):
     """They are one command each, which Ray's command line parses."""
     for command in commands(config, "head_start_ray_commands", "worker_start_ray_commands"):
+        if " notice " in command:
+            continue
         ray_, name, *arguments = command.split()
         assert ray_ == "ray" and name in ("start", "stop") and not (name == "stop" and arguments)
         if name == "start":
             options = start.make_context(name, arguments).params
             assert not options["block"], "the launcher would wait for its end"
             assert options["head"] or options["address"] == "$RAY_HEAD_IP:6379"
+
+
+def test_every_worker_asks_its_cloud_for_notices_and_no_head_does(config):
+    """In the background, once, and so that a node is set up without it too."""
+    cloud = config["provider"]["type"]
+    (command,) = [command for command in commands(config) if " notice " in command]
+    before, words = command.split(" run.py notice " if cloud == "azure" else "run.py notice ")
+    found = agent._parser().parse_args(re.sub("[;}<].*", "", words).replace('"', "").split())
+    assert (found.cloud, found.endpoint) == (cloud, HOST)
+    if cloud == "azure":  # whose node's container may not ask the metadata service
+        where = "initialization_commands"
+        token = f"{get_docker_host_mount_location('raybert')}/home/ray/.ray/auth_token:/home/ray/.ray/auth_token:ro"
+        assert before.startswith('test -z "$RAY_HEAD_IP" || ') and command.endswith(" || true")
+        assert f"--volume {token} {config['docker']['worker_image']} python" in before and "--user 0 " in before
+        assert found.address == "$RAY_HEAD_IP:6379" and " --detach " in before
+    else:
+        where = "worker_start_ray_commands"
+        assert before == "setsid --fork flock --nonblock /tmp/notice.lock python /home/ray/app/"
+        assert words.endswith(" < /dev/null >> /tmp/ray/session_latest/logs/notice.log 2>&1")
+    assert command == config[where][-1]
 
 
 def test_a_shell_understands_every_command(config):
