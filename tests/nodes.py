@@ -159,7 +159,14 @@ def drain(cluster, node, deadline_s):
     command = ["ray", "drain-node", "--address", cluster.address, "--node-id", node.node_id, *notice]
     command += ["--deadline-remaining-seconds", str(deadline_s)]
     subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command[1:]], check=True, capture_output=True)
-    threading.Timer(deadline_s, cluster.remove_node, (node, False)).start()
+
+    def take_away():
+        if node in cluster.worker_nodes:  # the test may be over
+            cluster.remove_node(node, allow_graceful=False)
+
+    timer = threading.Timer(deadline_s, take_away)
+    timer.daemon = True
+    timer.start()
 
 
 def finish(process, timeout_s=300):

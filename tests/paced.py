@@ -1,12 +1,16 @@
 """`run.py train` at a pace that a test sets: python paced.py FILE train ...
 
 The file holds the seconds that every step of every worker takes at least, so that a test can meet a run half-way and
-then let it go, whatever the machine's speed. All else is the real thing.
+then let it go, whatever the machine's speed. Beside it, `rank-N` holds the process id of rank N. All else is the real
+thing.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
+
+import ray.train
 
 from raybert import cli, launch, loop
 from raybert.worker import Job, train_ray_worker
@@ -23,6 +27,8 @@ def paced_worker(job: Job) -> None:
         return real_step(*arguments)
 
     loop.train_step = slow_step
+    rank = ray.train.get_context().get_world_rank()
+    PACE.with_name(f"rank-{rank}").write_text(str(os.getpid()))
     train_ray_worker(job)
 
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from nodes import NODE, attempts, cluster, drain, finish, logged_steps, running, wait_until
+from nodes import NODE, attempts, cluster, finish, logged_steps, running, wait_until
 from runs import assert_exactly_once, changes, flags, last_weights, relative_distance
 
 
@@ -64,20 +64,6 @@ def test_a_killed_run_equals_an_uninterrupted_one_at_two_workers(tmp_path, pace,
     assert 0 < starts[1][1] < 40
     assert assert_exactly_once(tmp_path / "killed", 40, sample_index) == [2] * 40
     assert torch.equal(last_weights(tmp_path / "killed"), last_weights(tmp_path / "whole"))
-
-
-def test_a_drained_node_is_left(tmp_path, pace, sample_index, undisturbed):
-    """2 -> 1 workers after a preemption notice: every position once, and the weights of an undisturbed run."""
-    num_steps, run_dir = 60, tmp_path / "run"
-    settings = {"training__num_steps": num_steps, "cluster__num_workers": "1,2", "cluster__cpus_per_worker": 2}
-    with cluster(2) as nodes, running(nodes.address, *flags(run_dir, **settings), pace=pace) as process:
-        wait_until(lambda: logged_steps(run_dir)[-1:] >= [7], process)
-        drain(nodes, nodes.list_all_nodes()[-1], deadline_s=5)
-        wait_until(lambda: attempts(run_dir)[-1][0] == 1, process)
-        pace.write_text("0")
-        finish(process)
-    assert sorted(set(assert_exactly_once(run_dir, num_steps, sample_index))) == [1, 2]
-    assert relative_distance(last_weights(run_dir), undisturbed(num_steps)) <= 1e-5
 
 
 def test_another_ray_on_this_machine_kills_no_worker(tmp_path, pace, sample_index):
