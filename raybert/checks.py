@@ -38,6 +38,11 @@ def check_config(config: Config) -> None:
         _check_smallest(name, attrgetter(name)(config), smallest)
     for name in POSITIVE_SECONDS:
         _check_seconds(name, attrgetter(name)(config))
+    price = config.cluster.price_per_worker_hour
+    if price is not None and not (0 <= price < math.inf):
+        raise UserError(
+            f"cluster.price_per_worker_hour must be 0 or more, got cluster.price_per_worker_hour={price}; as in 2.5."
+        )
     _check_lengths(config)
     _check_workers(config)
 

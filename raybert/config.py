@@ -136,6 +136,8 @@ class ClusterConfig:
     """Seconds that starting a worker group may take before a smaller one is tried."""
     collective_timeout_s: float = 180.0
     """Seconds after which a hanging collective is an error."""
+    price_per_worker_hour: float | None = None
+    """What a worker costs an hour, in any currency; the summary of a run then says what the run has cost."""
 
     def worker_range(self) -> tuple[int, int]:
         """Smallest and largest number of workers."""

@@ -148,7 +148,7 @@ def _typed_value(setting: Setting) -> object:
     if setting.name not in FIELDS:
         raise unknown_name_error(setting.name, setting.place, [*FIELDS, *SECTIONS])
     hint = FIELDS[setting.name]
-    value = _as_float(setting.value) if hint is float else setting.value
+    value = _as_float(setting.value) if float in (hint, *get_args(hint)) else setting.value
     if not _has_type(value, hint):
         raise UserError(f"{setting.place}: {setting.name} must be {describe_type(hint)}, got {setting.value!r}.")
     return value

@@ -49,6 +49,8 @@ class Display:
             self.line(attempt_line(event))
         elif event.kind == "warning":
             self.line(f"warning: {event.text}", "yellow")
+        elif event.kind == "failure":
+            self.warn(f"attempt failed, {event.text}; the next begins at the newest checkpoint.")
         elif event.kind == "resize":
             self.line(event.text)
         else:

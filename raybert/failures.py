@@ -56,7 +56,7 @@ class StopRetrying(UserCallback):
             raise UserError("\n".join([self._ending(f"{ALIKE_LIMIT} times alike, {failure}"), *details]).rstrip())
         if len(self.failures) == STUCK_LIMIT:
             raise UserError(self._ending(f"{STUCK_LIMIT} times without a new checkpoint, at last: {failure}"))
-        self.tell(Event("warning", text=f"attempt failed, {failure}; the next begins at the newest checkpoint."))
+        self.tell(Event("failure", text=failure))
 
     def _note(self, failure: str) -> None:
         """Add a failure to those of attempts that began at the same step."""

@@ -102,7 +102,7 @@ class Gauges:
         elif event.kind == "checkpoint":
             self._counters["checkpoints"].inc()
             self._committed_at_s = now_s
-        elif event.kind == "warning":
+        elif event.kind in ("warning", "failure"):
             self._counters["warnings"].inc()
 
     def refresh(self) -> None:

@@ -31,6 +31,7 @@ from raybert.events import Event
 from raybert.failures import StopRetrying, cause_of
 from raybert.gauges import Gauges
 from raybert.index import INDEX, Index, Shard, check_shards, index_shard, write_list
+from raybert.ledger import Ledger, lines, read_ledger, summarize
 from raybert.storage import Directory, File, find_files, local_file, open_input
 from raybert.telemetry import EVAL, read_metrics
 from raybert.worker import VOCABULARY, Begin, Job, train_ray_worker, train_worker
@@ -84,16 +85,17 @@ def _run(config: Config, run_dir: Directory, display: Display, verbose: bool) ->
     if checkpoint is not None and checkpoint.step >= config.training.num_steps:
         display.line(f"The run in {run_dir.uri} is complete: step {checkpoint.step} of {config.training.num_steps}.")
     else:
+        ledger = Ledger(run_dir, config, display.warn)
         _say_where_weights_come_from(config, checkpoint, display)
         files = find_files(config.data.input_files, "data.input_files")
         held_out = find_files(config.evaluation.input_files, "evaluation.input_files")
         if config.cluster.worker_range()[1] == 0:
-            _train(config, run_dir, files, held_out, display)
+            _train(config, run_dir, files, held_out, display, ledger)
         else:
             with cluster.connected(config.cluster, verbose):
                 cluster.check_capacity(config.cluster)
-                _train(config, run_dir, files, held_out, display)
-    _print_result(run_dir, display)
+                _train(config, run_dir, files, held_out, display, ledger)
+    _print_result(run_dir, config, display)
     return 0
 
 
@@ -106,7 +108,12 @@ def _say_where_weights_come_from(config: Config, checkpoint: Checkpoint | None, 
 
 
 def _train(
-    config: Config, run_dir: Directory, files: Sequence[File], held_out: Sequence[File], display: Display
+    config: Config,
+    run_dir: Directory,
+    files: Sequence[File],
+    held_out: Sequence[File],
+    display: Display,
+    ledger: Ledger,
 ) -> None:
     """Index, check, and run attempts until the last step."""
     index = _index(files, "data.input_files", config, run_dir, display)
@@ -118,11 +125,17 @@ def _train(
     if checkpoint is not None:
         preflight.check_identity(checkpoint, identity)
     _write_settings(config, run_dir, index, evaluation)
-    job = Job(config, run_dir, preflight.sample_order(config, index), index, evaluation, identity, display.show)
-    if config.cluster.worker_range()[1] == 0:
-        _fit_here(job)
-    else:
-        _fit(job, display)
+
+    def tell(event: Event) -> None:
+        ledger.show(event)
+        display.show(event)
+
+    job = Job(config, run_dir, preflight.sample_order(config, index), index, evaluation, identity, tell)
+    with ledger:
+        if config.cluster.worker_range()[1] == 0:
+            _fit_here(job)
+        else:
+            _fit(job, display, ledger)
 
 
 def _index(files: Sequence[File], option: str, config: Config, run_dir: Directory, display: Display) -> Index:
@@ -202,9 +215,9 @@ def _list_skipped(shards: Sequence[Shard], option: str, run_dir: Directory, disp
 def _write_settings(config: Config, run_dir: Directory, index: Index, evaluation: Index | None) -> None:
     """Put beside the run what it was started with."""
     run_dir.write(CONFIG, config_to_yaml(config).encode())
+    write_list(index, run_dir / INDEX)
     if config.data.vocab_file is not None:
         with local_file(config.data.vocab_file) as path:
-    write_list(index, run_dir / INDEX)
             run_dir.write(VOCABULARY, path.read_bytes())
     if evaluation is not None:
         random_next = evaluation.num_random_next / evaluation.num_samples
@@ -244,7 +257,7 @@ class Post:
         self.inbox.put.remote(event)
 
 
-def _fit(job: Job, display: Display) -> None:
+def _fit(job: Job, display: Display, ledger: Ledger) -> None:
     """Run attempts on the cluster and show their events until the last step.
 
     Raises:
@@ -266,14 +279,14 @@ def _fit(job: Job, display: Display) -> None:
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     try:
-        _follow(thread, inbox, job, display)
+        _follow(thread, inbox, job, display, ledger)
     finally:
         cluster.cancel_request(trainer.train_run_context.run_id)
     if outcome[0] is not None:
         raise cause_of(outcome[0])
 
 
-def _follow(thread: threading.Thread, inbox: Any, job: Job, display: Display) -> None:
+def _follow(thread: threading.Thread, inbox: Any, job: Job, display: Display, ledger: Ledger) -> None:
     """Show the run's events while the thread lives."""
     gauges, alive = Gauges(job.run, job.config), True
     look_at_s = time.monotonic() + SHORTAGE_S
@@ -281,9 +294,10 @@ def _follow(thread: threading.Thread, inbox: Any, job: Job, display: Display) ->
         thread.join(POLL_S)
         alive = thread.is_alive()  # asked before the events are taken, so that none is left behind
         for event in ray.get(inbox.take.remote()):
-            display.show(event)
+            job.tell(event)
             gauges.show(event)
         gauges.refresh()
+        ledger.refresh()
         if time.monotonic() >= look_at_s:
             look_at_s += SHORTAGE_S
             shortage = cluster.shortage(job.config.cluster)
@@ -322,14 +336,26 @@ def _trainer(job: Job, post: Post) -> TorchTrainer:
     )
 
 
-def _print_result(run_dir: Directory, display: Display) -> None:
-    """Where the run stands: held-out metrics beside what guessing reaches, the checkpoint, and how to open it."""
+def _print_result(run_dir: Directory, config: Config, display: Display) -> None:
+    """Where the run stands: held-out metrics beside what guessing reaches, what it cost, and how to open it."""
     checkpoint = newest_checkpoint(run_dir, display.warn)
     assert checkpoint is not None
     evaluations = [row for row in read_metrics(run_dir) if row["kind"] == EVAL]
     if evaluations and run_dir.exists(BASELINES):
         display.held_out(evaluations[-1], json.loads(run_dir.read(BASELINES)))
+    _print_cost(run_dir, config, display)
     display.line(f"Checkpoint: {checkpoint.directory.uri}")
     display.line("Open it with transformers:")
     model = f'BertForPreTraining.from_pretrained("{checkpoint.directory.uri}")'
     display.line(f"  from transformers import BertForPreTraining; model = {model}")
+
+
+def _print_cost(run_dir: Directory, config: Config, display: Display) -> None:
+    """What the attempts of the run came to, if that is known."""
+    try:
+        entries = read_ledger(run_dir)
+    except (OSError, ValueError) as error:
+        display.warn(f"what the run cost is not known: {error}")
+        return
+    for line in lines(summarize(entries, config.cluster.price_per_worker_hour)) if entries else ():
+        display.line(line)

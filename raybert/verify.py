@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raybert import preflight
+from raybert import ledger, preflight
 from raybert.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, find_checkpoints, find_damage, open_checkpoint, place
 from raybert.config import Config
 from raybert.config_file import CONFIG, FIELDS, Setting, build_config, config_from_yaml
 from raybert.errors import UserError
 from raybert.history import ATTEMPTS, RECORDS, StepRecord, read_attempts, samples_checksum, to_record
 from raybert.index import INDEX, LIST, Index, Shard, cached_shard, index_shard, read_list
+from raybert.ledger import Summary, read_ledger, summarize
 from raybert.order import SampleOrder, Samples, rank_slice
 from raybert.storage import Directory, absolute, find_files
 
@@ -66,6 +67,7 @@ class Report:
         partial_samples: samples, each once, of the epoch after these.
         skipped: steps whose update was skipped, and why.
         checkpoints: every checkpoint directory, newest first.
+        summary: what the attempts came to, by their ledger; None if there is none.
         findings: what does not hold or could not be checked; empty if all holds.
     """
 
@@ -79,6 +81,7 @@ class Report:
     partial_samples: int
     skipped: Mapping[int, str]
     checkpoints: Sequence[CheckpointState]
+    summary: Summary | None
     findings: Sequence[str]
 
     @property
@@ -126,7 +129,7 @@ def verify(run: Directory) -> Report:
     findings = [f"{CHECKPOINTS}/{state.name} is damaged: {state.damage}" for state in states if state.damage]
     if name is None:
         findings.append("no checkpoint is intact: no history ends in weights that are still there")
-        return Report(run.uri, None, 0, _num_steps(run), None, 0, 0, 0, {}, states, findings)
+        return Report(run.uri, None, 0, _num_steps(run), None, 0, 0, 0, {}, states, None, findings)
     checkpoint = open_checkpoint(run, name)
     batch_size = checkpoint.state["identity"]["training.global_batch_size"]
     order, unknown = sample_order(run, checkpoint)
@@ -136,6 +139,7 @@ def verify(run: Directory) -> Report:
     follow(run, name, proof)
     epochs, rest = proof.epochs.once(positions) if proof.epochs else (0, 0)
     repeated = proof.epochs.findings(positions) if proof.epochs else ()
+    summary, unread = _summary(run)
     return Report(
         run_dir=run.uri,
         checkpoint=name,
@@ -147,7 +151,15 @@ def verify(run: Directory) -> Report:
         partial_samples=rest,
         skipped=dict(sorted(proof.skipped.items())),
         checkpoints=states,
-        findings=[*findings, *unknown, *_attempt_findings(proof.attempts, world_sizes), *proof.findings, *repeated],
+        summary=summary,
+        findings=[
+            *findings,
+            *unknown,
+            *_attempt_findings(proof.attempts, world_sizes),
+            *proof.findings,
+            *repeated,
+            *unread,
+        ],
     )
 
 
@@ -186,6 +198,17 @@ def _stored_config(run: Directory) -> Config | None:
         return config_from_yaml(run.read(CONFIG).decode(), CONFIG)
     except (FileNotFoundError, UnicodeDecodeError, UserError):
         return None
+
+
+def _summary(run: Directory) -> tuple[Summary | None, list[str]]:
+    """What the run's ledger comes to; or None, and what is wrong with it."""
+    try:
+        entries = read_ledger(run)
+    except ValueError as error:
+        return None, [str(error)]
+    config = _stored_config(run)
+    price = None if config is None else config.cluster.price_per_worker_hour
+    return (summarize(entries, price) if entries else None), []
 
 
 def _world_sizes(run: Directory) -> dict[int, int] | str:
@@ -464,9 +487,10 @@ def lines(report: Report) -> Iterator[str]:
     yield f"History: step {report.step}{of}, as {report.checkpoint or 'no checkpoint'} records it"
     yield f"  {report.proven_steps} of {report.step} steps are there exactly once{_what_arrived(report)}"
     if report.num_samples is not None:
+        epochs = f"{report.complete_epochs} complete epoch{'s' * (report.complete_epochs != 1)}"
         yield (
-            f"  of {report.num_samples} samples, each was trained on exactly once in each of {report.complete_epochs} "
-            f"complete epochs, and {report.partial_samples} once in the epoch after"
+            f"  {epochs} of {report.num_samples} samples, each sample exactly once; {report.partial_samples} samples, "
+            "each once, of the next"
         )
     reasons = Counter(report.skipped.values())
     for reason, count in reasons.items():
@@ -477,6 +501,8 @@ def lines(report: Report) -> Iterator[str]:
     for state in report.checkpoints:
         if not state.is_intact:
             yield f"  {state.name}: " + (f"DAMAGED, {state.damage}" if state.is_complete else "incomplete, ignored")
+    if report.summary is not None:
+        yield from ledger.lines(report.summary)
     if report.holds:
         yield "All of it holds."
         return

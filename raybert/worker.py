@@ -18,7 +18,7 @@ import torch
 from ray.train.torch import get_device
 
 from raybert import ingest
-from raybert.checkpoint import Saver, Writer, newest_checkpoint, open_checkpoint, restore
+from raybert.checkpoint import Saver, Writer, newest_checkpoint, open_checkpoint, place, restore
 from raybert.config import Config
 from raybert.errors import UserError
 from raybert.evaluate import evaluate
@@ -190,7 +190,7 @@ class Recorder:
     def train_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log training metrics."""
         self._telemetry.log(TRAIN, step, metrics)
-        self._tell(Event("train", step, metrics=metrics))
+        self._tell(Event("train", step, metrics=metrics, attempt=self._attempt))
 
     def eval_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log held-out metrics."""
@@ -228,7 +228,7 @@ class Recorder:
 
     def _committed(self, name: str) -> None:
         """Runs behind the next steps: a storage that fails must not stop them."""
-        self._tell(Event("checkpoint", text=name))
+        self._tell(Event("checkpoint", place(name)[0], name, attempt=self._attempt))
         try:
             self._telemetry.sync()
         except OSError as error:

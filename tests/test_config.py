@@ -99,6 +99,8 @@ def test_defaults_then_yaml_then_flags(yaml_file: Callable[[str], str]) -> None:
         ("optimizer.learning_rate", "1", 1.0),
         ("optimizer.learning_rate", "1e-4", 1e-4),
         ("optimizer.end_lr", "-1e-4", -1e-4),
+        ("cluster.price_per_worker_hour", "4", 4.0),
+        ("cluster.price_per_worker_hour", "null", None),
         ("data.vocab_file", "null", None),
         ("data.vocab_file", "vocab.txt", "vocab.txt"),
         ("data.input_files", "a,b=c", "a,b=c"),
@@ -358,6 +360,7 @@ def test_model_garden_refusal_names_the_flag(argv: list[str], message: str) -> N
         ),
         (Config(cluster=ClusterConfig(collective_timeout_s=float("nan"))), "cluster.collective_timeout_s=nan"),
         (Config(cluster=ClusterConfig(start_timeout_s=float("inf"))), "cluster.start_timeout_s=inf"),
+        (Config(cluster=ClusterConfig(price_per_worker_hour=-1.0)), "cluster.price_per_worker_hour must be 0 or more"),
         (
             Config(data=DataConfig(input_files="x", max_seq_length=8)),
             "max_predictions_per_seq=20; max_seq_length=8; set both",

@@ -91,6 +91,12 @@ def test_a_duration(seconds, text):
     assert duration(seconds) == text
 
 
+def test_why_an_attempt_ends():
+    lines = shown([Event("failure", text="a worker died"), Event("resize", text="there are more nodes")]).splitlines()
+    failed = "warning: attempt failed, a worker died; the next begins at the newest checkpoint."
+    assert lines == [failed, "there are more nodes"]
+
+
 def test_a_log_has_plain_lines():
     """Whole ones, however long, and nothing but text."""
     lines = shown(EVENTS, width=20).splitlines()

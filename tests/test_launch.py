@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 BATCH_SIZE = 32
 OUR_LINES = re.compile(
     r"indexing |attempt \d+: |step \d+/|held-out at step |Held-out |checkpoint step-|Checkpoint: |Open it with |"
-    r"  from transformers import |warning: |Interrupted; "
+    r"  from transformers import |warning: |Interrupted; |Goodput |  the rest: "
 )
 
 

@@ -10,7 +10,7 @@ import raybert
 LAYERS = (  # from the bottom; a module imports from layers below its own
     ("__init__", "allocator", "config", "errors", "events", "hold", "jit", "notice", "order"),
     ("checks", "config_file", "crc", "display", "flops", "model_garden", "storage"),
-    ("compression", "history"),
+    ("compression", "history", "ledger"),
     ("tfrecord",),
     ("example",),
     ("index",),

@@ -66,7 +66,7 @@ def test_what_a_run_wrote_holds(finished, capsys):
     assert main(["verify", str(finished)]) == HOLDS
     said = capsys.readouterr().out
     assert "  40 of 40 steps are there exactly once, the right samples at every rank\n" in said
-    assert "exactly once in each of 2 complete epochs, and 280 once in the epoch after\n" in said
+    assert "  2 complete epochs of 500 samples, each sample exactly once; 280 samples, each once, of the next\n" in said
     assert "Checkpoints: 3 intact\n" in said and "All of it holds.\n" in said
 
 
