@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from raybert.config import ModelConfig
 from raybert.errors import UserError
 from raybert.history import StepRecord, check_newest, write_records
 from raybert.pretrained import save_pretrained
+from raybert.retry import Wait, give_up, retry
 from raybert.step import TrainState
 from raybert.storage import Directory
 
@@ -222,37 +227,56 @@ class Writer:
     identity: Mapping[str, Any]
     keep: int
 
-    def write(self, copy: HostCopy, parent: str | None, records: Sequence[StepRecord]) -> str:
-        """Write a checkpoint with the records it commits, then delete those beyond `keep`; returns its name.
+    def write(self, copy: HostCopy, parent: str | None, records: Sequence[StepRecord], wait: Wait = give_up) -> str:
+        """Write a checkpoint with the records it commits; returns its name.
+
+        Args:
+            copy: what to write.
+            parent: checkpoint before it.
+            records: of the steps between the two.
+            wait: what to do about each error of storage (see `retry`).
 
         Raises:
             FencedError: a newer attempt owns the run; the checkpoint stays incomplete.
-            OSError: the storage failed; likewise.
+            OSError: the storage failed and `wait` gave up; likewise.
         """
         name = checkpoint_name(copy.step, self.attempt)
         directory = self.run / CHECKPOINTS / name
-        write_records(self.run, name, parent, records)
         with self._staging(directory) as path:
-            self._write_files(path, copy, parent)
-            files = {file.name: _digest(file) for file in sorted(path.iterdir()) if file.name != MANIFEST}
+            files = retry(partial(self._stage, path, copy, parent), wait)
             for file in files:
-                directory.upload(file, path / file)
-        check_newest(self.run, self.attempt)
-        manifest = {"format_version": FORMAT_VERSION, "step": copy.step, "attempt": self.attempt, "files": files}
-        directory.write(MANIFEST, json.dumps(manifest, indent=1).encode())
-        self._prune(name)
+                retry(partial(directory.upload, file, path / file), wait)
+            retry(partial(write_records, self.run, name, parent, records), wait)
+            manifest = {"format_version": FORMAT_VERSION, "step": copy.step, "attempt": self.attempt, "files": files}
+            retry(partial(self._commit, directory, json.dumps(manifest, indent=1).encode()), wait)
         return name
+
+    def _commit(self, directory: Directory, manifest: bytes) -> None:
+        check_newest(self.run, self.attempt)
+        directory.write(MANIFEST, manifest)
 
     @contextmanager
     def _staging(self, directory: Directory) -> Iterator[Path]:
         """Where files are made before they count: in place on a local run directory, else a temporary directory."""
-        if directory.is_local:
-            path = Path(directory.path)
-            path.mkdir(parents=True, exist_ok=True)
-            yield path
+        if not directory.is_local:
+            with tempfile.TemporaryDirectory(prefix="raybert-") as temporary:
+                yield Path(temporary)
             return
-        with tempfile.TemporaryDirectory(prefix="raybert-") as temporary:
-            yield Path(temporary)
+        try:
+            yield Path(directory.path)
+        except OSError:
+            shutil.rmtree(directory.path, ignore_errors=True)
+            raise
+
+    def _stage(self, path: Path, copy: HostCopy, parent: str | None) -> dict[str, str]:
+        """Make all files but the manifest; returns their digests. What fails leaves nothing: a full disk needs room."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._write_files(path, copy, parent)
+            return {file.name: _digest(file) for file in sorted(path.iterdir())}
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
 
     def _write_files(self, path: Path, copy: HostCopy, parent: str | None) -> None:
         try:
@@ -274,7 +298,7 @@ class Writer:
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
 
-    def _prune(self, newest: str) -> None:
+    def prune(self, newest: str) -> None:
         """Delete what lies behind the newest checkpoint: complete ones beyond `keep`, and incomplete ones."""
         names = [name for name in find_checkpoints(self.run) if place(name) <= place(newest)]
         complete = [name for name in names if (self.run / CHECKPOINTS / name).exists(MANIFEST)]
@@ -287,79 +311,168 @@ class Writer:
 
 
 class Saver:
-    """Saves in the background: a save costs the host copy, and at most one write is pending.
+    """Saves in the background: a save costs the host copy, and training never waits for storage.
 
-    A storage that fails only delays the commit: the records wait for the next checkpoint, and training goes on.
+    One checkpoint is being written, and tried again for as long as its attempt lives; at most one more, the newest,
+    waits and takes its place once storage refuses it again. Records wait for the next checkpoint that is complete.
     """
 
     def __init__(
-        self, writer: Writer, parent: str | None, committed: Callable[[str], None], warn: Callable[[str], None]
+        self,
+        writer: Writer,
+        parent: str | None,
+        committed: Callable[[str], None],
+        warn: Callable[[str], None],
+        outage_limit_s: float,
     ) -> None:
         """Args:
         writer: of this attempt.
         parent: checkpoint that the attempt began from.
         committed: told each new checkpoint's name, from the background thread.
         warn: told what delays a commit.
+        outage_limit_s: an outage that lasts longer is warned of again; the end of a run does not wait longer.
         """
         self._writer, self._parent = writer, parent
         self._committed, self._warn = committed, warn
         self._records: list[StepRecord] = []
+        self._next: HostCopy | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._lock, self._news = threading.Lock(), threading.Event()
+        self._outage = Outage(warn, outage_limit_s)
+        self._until_s = math.inf  # what storage refuses then is given up
+
+    def wait(self, limit_s: float | None = None) -> None:
+        """Wait until no write is pending, for `limit_s` seconds at most."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(limit_s)
 
     @property
-    def is_busy(self) -> bool:
-        """Whether a write is pending."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Wait until no write is pending."""
-        if self._thread is not None:
-            self._thread.join()
+    def is_failing(self) -> bool:
+        """Whether storage has refused a checkpoint and taken none since."""
+        return self._outage.is_on
 
     def is_saved(self, step: int) -> bool:
         """Whether the newest complete checkpoint of this attempt is that of a step."""
         return self._parent == checkpoint_name(step, self._writer.attempt)
 
     def save(self, state: TrainState, records: Sequence[StepRecord]) -> None:
-        """Copy the state and write it behind the next steps; while a write is pending, only keep the records.
+        """Copy the state and write it behind the next steps, or behind the write that is pending.
 
         Raises:
             FencedError: a newer attempt owns the run.
         """
         self._records += records
-        if self.is_busy:
-            self._warn(f"Checkpoint at step {state.step} left out: the one before is still being written.")
-            return
-        self._raise_unless_storage()
-        arguments = (host_copy(state), list(self._records))
-        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
-        self._thread.start()
+        if self._error is not None and not isinstance(self._error, OSError):
+            raise self._error
+        waiting, self._next = self._next, None  # before another copy is made: memory holds two at most
+        if waiting is not None and not self._outage.is_on:
+            self._warn(f"Checkpoint at step {waiting.step} left out: the one before is still being written.")
+        del waiting
+        copy = host_copy(state)
+        with self._lock:
+            self._next = copy
+            self._news.set()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write_all, name="checkpoint")
+                self._thread.start()
 
     def finish(self, state: TrainState, records: Sequence[StepRecord]) -> None:
         """Save once more and wait until the checkpoint is complete.
 
         Raises:
             FencedError: a newer attempt owns the run.
-            OSError: the storage failed.
+            UserError: storage did not take it within the limit of an outage.
         """
-        self.wait()
+        self._until_s = time.monotonic() + self._outage.limit_s
         self.save(state, records)
         self.wait()
+        if isinstance(self._error, OSError):
+            run = self._writer.run.uri
+            raise UserError(
+                f"run_dir: the last checkpoint (step {state.step}) could not be written to {run} for "
+                f"{self._outage.limit_s:.0f} s (checkpoint.outage_limit_s): {self._error}. The run stands at "
+                f"{self._parent or 'its beginning'}: mend the storage or make room, then the same command resumes it."
+            ) from self._error
         if self._error is not None:
             raise self._error
 
-    def _write(self, copy: HostCopy, records: Sequence[StepRecord]) -> None:
-        self._error = None
+    def close(self) -> None:
+        """Wait for the write that is pending, and give it up where storage refuses it."""
+        self._until_s = -math.inf
+        self._news.set()
+        self.wait()
+
+    def _write_all(self) -> None:
+        while (copy := self._take()) is not None:
+            self._write(copy)
+
+    def _take(self) -> HostCopy | None:
+        with self._lock:
+            copy, self._next = self._next, None
+            self._news.clear()
+            if copy is None:
+                self._thread = None
+            return copy
+
+    def _write(self, copy: HostCopy) -> None:
+        records = [record for record in list(self._records) if record.step < copy.step]
         try:
-            self._parent = self._writer.write(copy, self._parent, records)
+            name = self._writer.write(copy, self._parent, records, self._wait)
+            self._parent, self._error = name, None
+            del self._records[: len(records)]
+            self._outage.end()
+            self._committed(name)
+            self._prune(name)
+        except OSError as error:
+            self._error = OSError(str(error))
+            error.__traceback__ = None  # which holds the copy, and is held by a frame of its own
         except Exception as error:
             self._error = error
             self._warn(f"Checkpoint at step {copy.step} could not be written: {error}")
-            return
-        del self._records[: len(records)]
-        self._committed(self._parent)
 
-    def _raise_unless_storage(self) -> None:
-        if self._error is not None and not isinstance(self._error, OSError):
-            raise self._error
+    def _prune(self, newest: str) -> None:
+        try:
+            self._writer.prune(newest)
+        except OSError as error:
+            self._warn(f"Old checkpoints could not be deleted, which the next one tries again: {error}")
+
+    def _wait(self, error: OSError, pause_s: float) -> None:
+        """Wait for another try, unless something newer is to be written or the time is over."""
+        self._outage.note(error)
+        self._news.wait(max(0.0, min(pause_s, self._until_s - time.monotonic())))
+        if self._next is not None or time.monotonic() >= self._until_s:
+            raise error
+
+
+class Outage:
+    """Says when storage fails, when it has failed for too long, and when it is over: each once."""
+
+    def __init__(self, warn: Callable[[str], None], limit_s: float) -> None:
+        self._warn, self.limit_s = warn, limit_s
+        self._since_s = math.nan
+        self._is_long = False
+
+    @property
+    def is_on(self) -> bool:
+        return not math.isnan(self._since_s)
+
+    def note(self, error: OSError) -> None:
+        """Storage has failed."""
+        now_s = time.monotonic()
+        if not self.is_on:
+            self._since_s, self._is_long = now_s, False
+            self._warn(f"Checkpoints cannot be written: {error}. Training goes on; so do the tries.")
+        elif now_s - self._since_s > self.limit_s and not self._is_long:
+            self._is_long = True
+            self._warn(
+                f"No checkpoint was written for {now_s - self._since_s:.0f} s (checkpoint.outage_limit_s): {error}. "
+                "If the run stops, all since the last commit is lost: mend the storage or make room."
+            )
+
+    def end(self) -> None:
+        """A checkpoint is complete."""
+        if self.is_on:
+            self._warn(f"Checkpoints are written again, after {time.monotonic() - self._since_s:.0f} s.")
+        self._since_s = math.nan

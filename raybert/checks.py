@@ -24,7 +24,12 @@ SMALLEST = {
     "evaluation.num_steps": 1,
     "cluster.cpus_per_worker": 1,
 }
-POSITIVE_SECONDS = ("cluster.resize_check_s", "cluster.start_timeout_s", "cluster.collective_timeout_s")
+POSITIVE_SECONDS = (
+    "checkpoint.outage_limit_s",
+    "cluster.resize_check_s",
+    "cluster.start_timeout_s",
+    "cluster.collective_timeout_s",
+)
 
 
 def check_config(config: Config) -> None:

@@ -106,6 +106,8 @@ class CheckpointConfig:
     """Steps between two checkpoints; one more is saved at the end."""
     keep: int = 3
     """Newest checkpoints that are kept; 0 keeps all."""
+    outage_limit_s: float = 1800.0
+    """Seconds without a commit, while storage fails, after which a warning says so; the end of a run waits as long."""
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,17 @@ T = TypeVar("T")
 class Display:
     """Shows events; a context manager, so that the live line is always given back."""
 
-    def __init__(self, num_steps: int, console: Console | None = None) -> None:
+    def __init__(self, num_steps: int, console: Console | None = None, save_every_steps: int = 0) -> None:
         """Args:
         num_steps: of the run, for progress and time left.
         console: default: standard output.
+        save_every_steps: between two checkpoints; once two are missing, the age of the last is shown. 0: never.
         """
         self._num_steps = num_steps
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._started: tuple[float, int] | None = None
+        self._save_every_steps, self._committed = save_every_steps, (time.monotonic(), 0)
 
     def __enter__(self) -> Display:
         if self._live:
@@ -41,11 +43,14 @@ class Display:
     def show(self, event: Event) -> None:
         """Show an event now."""
         if event.kind == "train":
-            self._progress(progress_line(event.step, self._num_steps, event.metrics, self._left_s(event.step)))
+            left_s, commit_s = self._left_s(event.step), self._commit_s(event.step)
+            self._progress(progress_line(event.step, self._num_steps, event.metrics, left_s, commit_s))
         elif event.kind == "eval":
             self.line(evaluation_line(event.step, event.metrics))
         elif event.kind == "attempt":
             self._started = (time.monotonic(), event.step)
+            if event.step != self._committed[1]:
+                self._committed = self._started
             self.line(attempt_line(event))
         elif event.kind == "warning":
             self.line(f"warning: {event.text}", "yellow")
@@ -54,6 +59,7 @@ class Display:
         elif event.kind == "resize":
             self.line(event.text)
         else:
+            self._committed = (time.monotonic(), event.step)
             self.line(f"checkpoint {event.text}", "dim")
 
     def warn(self, text: str) -> None:
@@ -100,8 +106,17 @@ class Display:
         started_at_s, first = self._started
         return (time.monotonic() - started_at_s) / (step - first) * (self._num_steps - step)
 
+    def _commit_s(self, step: int) -> float | None:
+        """Seconds since the last commit, if it is older than it should be."""
+        committed_at_s, committed = self._committed
+        if not 0 < 2 * self._save_every_steps <= step - committed:
+            return None
+        return time.monotonic() - committed_at_s
 
-def progress_line(step: int, num_steps: int, metrics: Mapping[str, float], left_s: float | None) -> str:
+
+def progress_line(
+    step: int, num_steps: int, metrics: Mapping[str, float], left_s: float | None, commit_s: float | None = None
+) -> str:
     """One line of training metrics."""
     parts = [
         f"step {step}/{num_steps}",
@@ -115,6 +130,7 @@ def progress_line(step: int, num_steps: int, metrics: Mapping[str, float], left_
         f"wait {metrics['data_wait']:.1%}",
         f"{metrics['world_size']:.0f} workers" if metrics["world_size"] != 1 else "1 worker",
         *([f"{duration(left_s)} left"] if left_s is not None else []),
+        *([f"last commit {duration(commit_s)} ago"] if commit_s is not None else []),
     ]
     return "  ".join(parts)
 

@@ -15,6 +15,7 @@ from ray.train.v2.api.callback import UserCallback
 from raybert.errors import UserError
 from raybert.events import Event, Tell
 from raybert.history import read_attempts
+from raybert.retry import outlast_blip
 from raybert.storage import Directory
 
 AT_STEP = "at step "  # begins a note of an error
@@ -60,7 +61,8 @@ class StopRetrying(UserCallback):
 
     def _note(self, failure: str) -> None:
         """Add a failure to those of attempts that began at the same step."""
-        step = max((attempt.start_step for attempt in read_attempts(self.run)), default=0)
+        attempts = outlast_blip(lambda: read_attempts(self.run))
+        step = max((attempt.start_step for attempt in attempts), default=0)
         self.failures = [*(known for known in self.failures if known[0] == step), (step, failure)]
 
     def _ending(self, how: str) -> str:

@@ -69,9 +69,12 @@ def read_attempts(run: Directory) -> list[Attempt]:
 def check_newest(run: Directory, attempt: int) -> None:
     """Raises:
     FencedError: another attempt has begun since.
+    OSError: the storage does not know this one, as where nothing is mounted any more.
     """
     newest = newest_attempt(run)
-    if newest != attempt:
+    if newest < attempt:
+        raise OSError(f"{run.uri} does not hold the record of attempt {attempt}")
+    if newest > attempt:
         raise FencedError(
             f"run_dir: attempt {attempt} may not write to {run.uri} any more, since attempt {newest} has taken the run "
             "over; let that one go on, or give this run another run_dir."

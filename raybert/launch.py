@@ -32,6 +32,7 @@ from raybert.failures import StopRetrying, cause_of
 from raybert.gauges import Gauges
 from raybert.index import INDEX, Index, Shard, check_shards, index_shard, write_list
 from raybert.ledger import Ledger, lines, read_ledger, summarize
+from raybert.retry import outlast_blip
 from raybert.storage import Directory, File, find_files, local_file, open_input
 from raybert.telemetry import EVAL, read_metrics
 from raybert.worker import VOCABULARY, Begin, Job, train_ray_worker, train_worker
@@ -52,7 +53,8 @@ def run(config: Config, verbose: bool = False) -> int:
     config = preflight.resolve(config)
     cluster.check_gpus(config.cluster)
     run_dir = Directory(config.run_dir)
-    with Display(config.training.num_steps) as display, _terminable() as received:
+    shown = Display(config.training.num_steps, save_every_steps=config.checkpoint.every_steps)
+    with shown as display, _terminable() as received:
         try:
             preflight.check_run_dir(run_dir, display.warn)
             return _run(config, run_dir, display, verbose)
@@ -121,10 +123,10 @@ def _train(
     preflight.check_tokens(config, index)
     preflight.check_window(config, display.warn)
     identity = {**preflight.identity(config), "data": index.digest}
-    checkpoint = newest_checkpoint(run_dir, lambda _: None)
+    checkpoint = outlast_blip(lambda: newest_checkpoint(run_dir, lambda _: None))
     if checkpoint is not None:
         preflight.check_identity(checkpoint, identity)
-    _write_settings(config, run_dir, index, evaluation)
+    outlast_blip(lambda: _write_settings(config, run_dir, index, evaluation))
 
     def tell(event: Event) -> None:
         ledger.show(event)
@@ -338,7 +340,7 @@ def _trainer(job: Job, post: Post) -> TorchTrainer:
 
 def _print_result(run_dir: Directory, config: Config, display: Display) -> None:
     """Where the run stands: held-out metrics beside what guessing reaches, what it cost, and how to open it."""
-    checkpoint = newest_checkpoint(run_dir, display.warn)
+    checkpoint = outlast_blip(lambda: newest_checkpoint(run_dir, display.warn))
     assert checkpoint is not None
     evaluations = [row for row in read_metrics(run_dir) if row["kind"] == EVAL]
     if evaluations and run_dir.exists(BASELINES):

@@ -20,6 +20,7 @@ from raybert.model import BertForPreTraining, check_model_config
 from raybert.optim import check_optimizer_config
 from raybert.order import SampleOrder, steps_per_window
 from raybert.pretrained import check_vocabulary, load_pretrained, read_bert_config, read_vocabulary
+from raybert.retry import outlast_blip
 from raybert.storage import Directory, absolute, local_file
 
 UNNOTICED_WORKERS = 8  # what blocks of any size feed
@@ -55,8 +56,8 @@ def check_run_dir(run: Directory, warn: Callable[[str], None]) -> None:
     Raises:
         UserError: naming it and the reason.
     """
-    if not run.is_local:
-        with _option("run_dir", run.uri):
+    with _option("run_dir", run.uri):
+        if not run.is_local:
             run.names()  # a store that does not answer says so sooner than to a write
     run.check_writable("run_dir")
     if run.is_local and JOB_FILES in run.path.split("/"):
@@ -178,7 +179,7 @@ def existing_run(run: Directory, config: Config, warn: Callable[[str], None]) ->
     Raises:
         UserError: it belongs to another configuration.
     """
-    checkpoint = newest_checkpoint(run, warn)
+    checkpoint = outlast_blip(lambda: newest_checkpoint(run, warn))
     if checkpoint is not None:
         check_identity(checkpoint, identity(config))
     return checkpoint

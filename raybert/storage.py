@@ -7,24 +7,29 @@ import hashlib
 import os
 import posixpath
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import fs
 
 from raybert.errors import UserError
+from raybert.retry import outlast_blip
 
 PACKAGE = "raybert://"  # files that ship with raybert, wherever each node has it
 _PACKAGE_PATH = Path(__file__).parent
 _GLOB = re.compile(r"[*?\[]")
 _SECRET = re.compile(r"[?&]\w*(key|secret|token|password)\w*=", re.IGNORECASE)  # an option that is one
 _QUERY = re.compile(r"\?\w+=[^?*]*$")  # ends a URI: options such as endpoint_override; any other ? is a glob's
+CHUNK_BYTES = 16 << 20
+SILENCE_S, NUM_TRIES = 10.0, 3  # a request without a byte for so long is tried again, so often; then it is an error
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem behind a path or URI, and the path within it.
 
     Raises:
-        UserError: the URI's scheme is unknown or its filesystem cannot be reached.
+        UserError: the URI is none of ours.
+        OSError: its store cannot be reached.
     """
     if uri.startswith(PACKAGE):
         return fs.LocalFileSystem(), str(_PACKAGE_PATH / uri.removeprefix(PACKAGE))
@@ -66,11 +72,17 @@ def _bucket_filesystem(scheme: str, bucket: str, query: str) -> fs.FileSystem:
         raise UserError(f"Unknown scheme {scheme}://; give a local path, s3://... or gs://....")
     if "@" in bucket or _SECRET.search(query):
         raise UserError(f"A {scheme}:// path must not hold credentials; set them in the environment.")
+    place = f"{scheme}://{bucket}{query}"
     try:
-        return fs.FileSystem.from_uri(f"{scheme}://{bucket}{query}")[0]
-    except (OSError, ValueError) as error:
-        place = f"{scheme}://{bucket}{query}"
-        raise UserError(f"Cannot open {place}: {error}; check the name, the network and the credentials.") from error
+        made = fs.FileSystem.from_uri(place)[0]
+    except ValueError as error:
+        raise UserError(f"Cannot open {place}: {error}; correct the path.") from error
+    # A URI cannot say how long to wait for an answer: by default a request that hangs is given up after minutes.
+    _, (options,) = made.__reduce__()
+    if scheme == "gs":
+        return fs.GcsFileSystem(**options | {"retry_time_limit": timedelta(seconds=SILENCE_S * NUM_TRIES)})
+    tries = fs.AwsStandardS3RetryStrategy(max_attempts=NUM_TRIES)
+    return fs.S3FileSystem(**options | {"request_timeout": SILENCE_S, "retry_strategy": tries})
 
 
 @contextmanager
@@ -128,8 +140,8 @@ def find_files(patterns: str, option: str) -> list[File]:
 
 
 def _match(pattern: str, option: str) -> Iterator[File]:
-    filesystem, path = resolve(pattern)
     try:
+        filesystem, path = resolve(pattern)
         infos = [filesystem.get_file_info(path)]
         glob = _GLOB.search(path)
         if glob and infos[0].type != fs.FileType.File:
@@ -237,12 +249,25 @@ class Directory:
             file.write(content)
 
     def upload(self, name: str, source: Path) -> None:
-        """Copy a local file here under a name."""
+        """Copy a local file here under a name, whole.
+
+        Its size is looked at afterwards. Its content is not: reading a checkpoint back would double the traffic, the
+        store compares checksums of what it receives, and a checkpoint is verified by digest before it is loaded.
+
+        Raises:
+            OSError: it may be there in part, or another of this name before.
+        """
         if self.is_local and Path(self._at(name)).resolve() == source.resolve():
             return
         if self.is_local:
             Path(self._at(name)).parent.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(str(source), self._at(name), fs.LocalFileSystem(), self.filesystem)
+        # Not fs.copy_files, which says nothing of an upload that fails at its end.
+        with source.open("rb") as file, self.filesystem.open_output_stream(self._at(name)) as target:
+            shutil.copyfileobj(file, target, CHUNK_BYTES)
+            sent = file.tell()
+        found = self.filesystem.get_file_info(self._at(name)).size
+        if found != sent:
+            raise OSError(f"{self._at(name)} has {found} bytes after an upload of {sent}")
 
     def remove(self, name: str) -> None:
         """Delete one file."""
@@ -255,9 +280,10 @@ class Directory:
             yield Path(self.path)
             return
         with tempfile.TemporaryDirectory(prefix="raybert-") as temporary:
-            for info in self.filesystem.get_file_info(fs.FileSelector(self.path)):
+            for info in outlast_blip(partial(self.filesystem.get_file_info, fs.FileSelector(self.path))):
                 if info.type == fs.FileType.File:
-                    (Path(temporary) / info.base_name).write_bytes(self.read(info.base_name))
+                    content = outlast_blip(partial(self.read, info.base_name))
+                    (Path(temporary) / info.base_name).write_bytes(content)
             yield Path(temporary)
 
     def delete(self) -> None:

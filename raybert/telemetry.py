@@ -1,18 +1,21 @@
 """Telemetry of a run: metrics.jsonl, TensorBoard and the training summary, by Model Garden's names.
 
 Files grow in a local directory; on a remote run directory they are uploaded with every checkpoint, since object stores
-cannot append. What was logged after the step that an attempt begins at is dropped: it is not history.
+cannot append. What was logged after the step that an attempt begins at is dropped: it is not history. A full disk stops
+nothing: metrics.jsonl is written later, TensorBoard has a gap.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from raybert.retry import outlast_blip
 from raybert.storage import Directory
 
 METRICS, SUMMARIES, SUMMARY = "metrics.jsonl", "summaries", "training_summary.txt"
@@ -30,41 +33,65 @@ class Telemetry:
         """
         self._run = run
         self._path = Path(run.path) if run.is_local else scratch / "telemetry"
-        lines = _lines_until(run, start_step)
+        lines = outlast_blip(lambda: _lines_until(run, start_step))
         self._path.mkdir(parents=True, exist_ok=True)
         Directory(str(self._path)).write(METRICS, "".join(lines).encode())
-        self._metrics = (self._path / METRICS).open("a")
-        self._boards = {
-            kind: SummaryWriter(str(self._path / SUMMARIES / kind), purge_step=start_step + 1) for kind in (TRAIN, EVAL)
-        }
+        self._metrics, self._unwritten = (self._path / METRICS).open("ab", buffering=0), b""
+        self._boards = {kind: self._board(kind, start_step + 1) for kind in (TRAIN, EVAL)}
 
     def log(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         """Append metrics of kind "train" or "eval" after a step."""
-        self._metrics.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
-        self._metrics.flush()
-        for name, value in metrics.items():
-            self._boards[kind].add_scalar(name, value, step)
+        self._unwritten += json.dumps({"kind": kind, "step": step, **metrics}).encode() + b"\n"
+        with suppress(OSError):  # what is unwritten waits for the next line
+            self._write_lines()
+        try:
+            board = self._boards[kind] = self._boards.get(kind) or self._board(kind, step)
+            for name, value in metrics.items():
+                board.add_scalar(name, value, step)
+        except OSError:
+            self._boards.pop(kind, None)  # it never writes again; the next has a file of its own
+
+    def _board(self, kind: str, purge_step: int) -> SummaryWriter:
+        return SummaryWriter(str(self._path / SUMMARIES / kind), purge_step=purge_step)
+
+    def _write_lines(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
 
     def sync(self) -> None:
-        """Bring the run directory up to date."""
-        for board in self._boards.values():
-            board.flush()
+        """Bring the run directory up to date.
+
+        Raises:
+            OSError: the storage failed; the next call makes up for it.
+        """
+        for board in list(self._boards.values()):
+            with suppress(OSError):
+                board.flush()
         if not self._run.is_local:
             for file in self._path.rglob("*"):
                 if file.is_file():
                     self._run.upload(str(file.relative_to(self._path)), file)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the training summary and close."""
-        (self._path / SUMMARIES / SUMMARY).write_text(json.dumps(summary, indent=4) + "\n")
-        self.sync()
+        """Write the training summary, bring the run directory up to date and close.
+
+        Raises:
+            OSError: the storage failed.
+        """
+        outlast_blip(self._write_lines)
+        outlast_blip(lambda: self._write_summary(summary))
+        outlast_blip(self.sync)
         self.close()
+
+    def _write_summary(self, summary: Mapping[str, Any]) -> None:
+        (self._path / SUMMARIES / SUMMARY).write_text(json.dumps(summary, indent=4) + "\n")
 
     def close(self) -> None:
         """Close all files."""
         self._metrics.close()
         for board in self._boards.values():
-            board.close()
+            with suppress(OSError):
+                board.close()
 
 
 def training_summary(

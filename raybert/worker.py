@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from raybert.events import Event, Tell
 from raybert.failures import AT_STEP
 from raybert.feed import Layout, RankBatch, local_batches, rank_batches
 from raybert.history import Attempt, StepRecord, begin_attempt, newest_attempt
-from raybert.hold import HOLD
+from raybert.hold import HOLD, HOLD_S
 from raybert.index import Index
 from raybert.loop import train
 from raybert.order import SampleOrder
 from raybert.pretrained import load_pretrained
+from raybert.retry import outlast_blip
 from raybert.step import TrainState, create_state, settle_buckets
 from raybert.storage import Directory
 from raybert.telemetry import EVAL, TRAIN, Telemetry, training_summary
@@ -71,12 +73,15 @@ class Begin:
     tell: Tell
 
     def __call__(self, world_size: int) -> Attempt:
-        checkpoint = newest_checkpoint(self.run, lambda text: self.tell(Event("warning", text=text)))
+        checkpoint = outlast_blip(lambda: newest_checkpoint(self.run, self._warn))
         step, name = (checkpoint.step, checkpoint.name) if checkpoint else (0, None)
-        attempt = begin_attempt(self.run, world_size, step, name)
+        attempt = outlast_blip(lambda: begin_attempt(self.run, world_size, step, name))
         metrics = {"number": attempt.number, "world_size": world_size}
         self.tell(Event("attempt", step, name or "", metrics))
         return attempt
+
+    def _warn(self, text: str) -> None:
+        self.tell(Event("warning", text=text))
 
 
 def train_worker(job: Job) -> None:
@@ -94,11 +99,14 @@ def train_worker(job: Job) -> None:
             batches = _warn_if_late(batches, job.tell)
         try:
             result = train(state, batches, job.config, world, attempt.number, _evaluator(job, state, world), recorder)
+            if recorder:
+                recorder.finish(state, result.records, result.train, result.evaluation)
         except Exception as error:
             error.add_note(f"{AT_STEP}{state.step}")
             raise
-        if recorder:
-            recorder.finish(state, result.records, result.train, result.evaluation)
+        finally:
+            if recorder:
+                recorder.close()
 
 
 def train_ray_worker(job: Job) -> None:
@@ -132,7 +140,7 @@ def check_shared(run: Directory, attempt: int, timeout_s: float = SHARED_S) -> N
         UserError: the attempt's record is not seen here.
     """
     until_s = time.monotonic() + timeout_s
-    while newest_attempt(run) < attempt:
+    while outlast_blip(lambda: newest_attempt(run)) < attempt:
         if time.monotonic() >= until_s:
             raise UserError(
                 f"run_dir: node {socket.gethostname()} has another {run.uri} than the driver; give a directory that "
@@ -158,7 +166,7 @@ def _warn_if_late(batches: Iterator[RankBatch], tell: Tell) -> Iterator[RankBatc
 def _initialize(state: TrainState, job: Job, attempt: Attempt) -> None:
     """The weights that the attempt begins from."""
     if attempt.checkpoint is not None:
-        restore(open_checkpoint(job.run, attempt.checkpoint), state)
+        restore(outlast_blip(partial(open_checkpoint, job.run, attempt.checkpoint)), state)
     elif job.config.training.init_checkpoint is not None:
         with Directory(job.config.training.init_checkpoint).local() as path:
             load_pretrained(state.model, path)
@@ -183,9 +191,9 @@ class Recorder:
         """
         self._tell, self._num_steps, self._attempt = job.tell, job.config.training.num_steps, attempt.number
         self._telemetry = Telemetry(job.run, attempt.start_step, scratch)
-        vocab_file = _local_vocabulary(job.run, scratch)
-        writer = Writer(job.run, attempt.number, job.config.model, vocab_file, job.identity, job.config.checkpoint.keep)
-        self._saver = Saver(writer, attempt.checkpoint, self._committed, self._warn)
+        vocab_file, config = outlast_blip(lambda: _local_vocabulary(job.run, scratch)), job.config.checkpoint
+        writer = Writer(job.run, attempt.number, job.config.model, vocab_file, job.identity, config.keep)
+        self._saver = Saver(writer, attempt.checkpoint, self._committed, self._warn, config.outage_limit_s)
 
     def train_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log training metrics."""
@@ -202,14 +210,13 @@ class Recorder:
         self._saver.save(state, records)
 
     def is_asked_to_hold(self) -> bool:
-        """Whether whoever is about to end this attempt has asked for a checkpoint first."""
-        return HOLD.state == "asked"
+        """Whether the one who is about to end this attempt asks for a checkpoint first; not while there can be none."""
+        return HOLD.state == "asked" and not self._saver.is_failing
 
     def save_and_hold(self, state: TrainState, records: list[StepRecord]) -> None:
         """Save a checkpoint now; once it is complete, wait for the end that it was asked for."""
-        self._saver.wait()
         self._saver.save(state, records)
-        self._saver.wait()
+        self._saver.wait(HOLD_S)
         if not self._saver.is_saved(state.step):
             HOLD.release()
         elif not HOLD.keep():
@@ -223,8 +230,16 @@ class Recorder:
         eval_metrics: Mapping[str, float] | None,
     ) -> None:
         """Save the last checkpoint and the training summary."""
-        self._telemetry.finish(training_summary(self._num_steps, train_metrics, eval_metrics))
         self._saver.finish(state, records)
+        try:
+            self._telemetry.finish(training_summary(self._num_steps, train_metrics, eval_metrics))
+        except OSError as error:
+            self._warn_of_metrics(error)
+
+    def close(self) -> None:
+        """End what goes on behind the steps; a checkpoint that is being written is waited for, unless storage fails."""
+        self._saver.close()
+        self._telemetry.close()
 
     def _committed(self, name: str) -> None:
         """Runs behind the next steps: a storage that fails must not stop them."""
@@ -232,7 +247,10 @@ class Recorder:
         try:
             self._telemetry.sync()
         except OSError as error:
-            self._warn(f"metrics could not be brought to the run directory: {error}")
+            self._warn_of_metrics(error)
+
+    def _warn_of_metrics(self, error: OSError) -> None:
+        self._warn(f"metrics could not be brought to the run directory: {error}")
 
     def _warn(self, text: str) -> None:
         self._tell(Event("warning", text=text))

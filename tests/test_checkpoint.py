@@ -1,23 +1,28 @@
 """Checkpoints: complete or absent, verified, of one owner; and what they hold is all that a run is."""
 
+import gc
 import json
 import pickletools
 import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
 import transformers
 from helpers import TINY_MODEL
 
+from raybert import retry
 from raybert.checkpoint import (
     CHECKPOINTS,
     MANIFEST,
     MODEL,
     OPTIMIZER,
     STATE,
+    HostCopy,
     Saver,
     Writer,
     checkpoint_name,
@@ -30,7 +35,7 @@ from raybert.checkpoint import (
 from raybert.config import OptimizerConfig, TrainingConfig
 from raybert.errors import UserError
 from raybert.feed import Layout, local_batches
-from raybert.history import FencedError, StepRecord, begin_attempt, read_history
+from raybert.history import ATTEMPTS, FencedError, StepRecord, begin_attempt, read_history
 from raybert.order import SampleOrder
 from raybert.step import create_state, train_step
 from raybert.storage import Directory
@@ -69,7 +74,11 @@ def writer(run, keep=0, vocab_file=None, attempt=None):
 def write_all(writer, state, *steps):
     """Checkpoints of one state under several steps; their names."""
     copy = host_copy(state)
-    return [writer.write(replace(copy, step=step), None, []) for step in steps]
+    names = []
+    for step in steps:
+        names.append(writer.write(replace(copy, step=step), None, []))
+        writer.prune(names[-1])
+    return names
 
 
 def tensors(state):
@@ -331,28 +340,52 @@ class Log:
 
 
 def test_saving_goes_on_behind_the_steps(run, state):
+    """While a write is pending the newest copy waits, and takes all records along."""
     log = Log()
-    saver = Saver(writer(run), None, log.commit, log.warnings.append)
+    saver = Saver(writer(run), None, log.commit, log.warnings.append, 60)
     saver.save(replace_step(state, 2), records(0, 1))
-    assert saver.is_busy
+    assert wait_until(lambda: log.committed)
     saver.save(replace_step(state, 4), records(2, 3))
-    assert saver.is_busy and len(log.warnings) == 1 and "step 4 left out" in log.warnings[0]
+    assert log.warnings == []
+    saver.save(replace_step(state, 6), records(4, 5))
+    assert len(log.warnings) == 1 and "step 4 left out" in log.warnings[0]
     log.gate.set()
-    saver.finish(replace_step(state, 6), records(4, 5))
-    assert not saver.is_busy
+    saver.wait()
     assert log.committed == [checkpoint_name(2, 1), checkpoint_name(6, 1)]
+    saver.finish(replace_step(state, 8), records(6, 7))
+    assert log.committed[2:] == [checkpoint_name(8, 1)] and len(log.warnings) == 1
     assert read_history(run, checkpoint_name(2, 1)) == records(0, 1)
     assert read_history(run, checkpoint_name(6, 1)) == records(*range(6))
+    assert read_history(run, checkpoint_name(8, 1)) == records(*range(8))
 
 
 def replace_step(state, step):
     return replace(state, step=step)
 
 
-def saver_of(run, parent=None):
-    log = Log()
-    log.gate.set()
-    return Saver(writer(run), parent, log.commit, log.warnings.append), log
+def wait_until(holds, limit_s=20):
+    until_s = time.monotonic() + limit_s
+    while not holds() and time.monotonic() < until_s:
+        time.sleep(0.02)
+    return holds()
+
+
+@pytest.fixture
+def saver_of(monkeypatch):
+    """Savers that do not wait long between two tries, and what they tell."""
+    monkeypatch.setattr(retry, "FIRST_S", 0.02)
+    monkeypatch.setattr(retry, "LONGEST_S", 0.1)
+    savers = []
+
+    def make(run, parent=None, outage_limit_s=60, keep=0):
+        log = Log()
+        log.gate.set()
+        savers.append(Saver(writer(run, keep), parent, log.commit, log.warnings.append, outage_limit_s))
+        return savers[-1], log
+
+    yield make
+    for saver in savers:
+        saver.close()
 
 
 def block(run):
@@ -361,19 +394,40 @@ def block(run):
     run.write(CHECKPOINTS, b"")
 
 
-def test_a_storage_error_delays_the_commit_and_loses_no_record(run, state):
+def test_an_outage_delays_the_commit_and_loses_no_record(run, state, saver_of):
+    """The newest takes the place of what storage refuses, and an outage is told of once."""
     saver, log = saver_of(run)
     block(run)
-    saver.save(replace_step(state, 2), records(0, 1))
-    saver.wait()
-    assert log.committed == [] and len(log.warnings) == 1 and "step 2 could not be written" in log.warnings[0]
-    saver.save(replace_step(state, 4), records(2, 3))
-    saver.wait()
-    assert len(log.warnings) == 2
+    for step in (2, 4, 6):
+        saver.save(replace_step(state, step), records(step - 2, step - 1))
+        saver.wait(0.2)
+    assert saver.is_failing and log.committed == []
+    assert len(log.warnings) == 1 and "cannot be written" in log.warnings[0] and CHECKPOINTS in log.warnings[0]
     run.remove(CHECKPOINTS)
-    saver.finish(replace_step(state, 6), records(4, 5))
+    saver.wait()
     assert log.committed == [checkpoint_name(6, 1)] and newest(run)[0] == checkpoint_name(6, 1)
-    assert read_history(run, checkpoint_name(6, 1)) == records(*range(6))
+    assert len(log.warnings) == 2 and "written again" in log.warnings[1] and not saver.is_failing
+    saver.finish(replace_step(state, 8), records(6, 7))
+    assert find_checkpoints(run) == log.committed[::-1] == [checkpoint_name(8, 1), checkpoint_name(6, 1)]
+    assert read_history(run, checkpoint_name(8, 1)) == records(*range(8))
+
+
+def num_copies():
+    return sum(type(each) is HostCopy for each in gc.get_objects())
+
+
+def test_an_outage_does_not_fill_the_memory(run, state, saver_of):
+    """One copy is being written, one waits."""
+    saver, _ = saver_of(run)
+    before = num_copies()
+    block(run)
+    for step in range(2, 12, 2):
+        saver.save(replace_step(state, step), records(step - 2, step - 1))
+        assert num_copies() <= before + 2
+        assert wait_until(lambda: num_copies() <= before + 1)
+    run.remove(CHECKPOINTS)
+    saver.wait()
+    assert num_copies() == before
 
 
 def test_weights_that_cannot_be_written_are_a_storage_error(run, state):
@@ -384,26 +438,74 @@ def test_weights_that_cannot_be_written_are_a_storage_error(run, state):
         (run / CHECKPOINTS / checkpoint_name(2, 1) / file).write("directory", b"")
         with pytest.raises(OSError, match=r"directory"):
             mine.write(host_copy(state), None, [])
+        assert find_checkpoints(run) == []  # a full disk needs the room
 
 
-def test_finishing_raises_what_could_not_be_saved(run, state):
-    saver, _ = saver_of(run)
+def test_finishing_waits_for_storage_up_to_a_limit(run, state, saver_of):
+    saver, log = saver_of(run, parent="step-00000001-attempt-0001", outage_limit_s=0.5)
     block(run)
-    with pytest.raises(OSError, match=CHECKPOINTS):
+    with pytest.raises(UserError, match=r"run_dir: .*step 2.*outage_limit_s.*stands at step-00000001.*same command"):
         saver.finish(state, records(0, 1))
-
-
-def test_a_fenced_saver_stops(run, state):
+    assert log.committed == []
     saver, log = saver_of(run)
-    begin_attempt(run, 1, 0, None)
+    Timer(0.3, run.remove, [CHECKPOINTS]).start()
+    saver.finish(state, records(0, 1))
+    assert log.committed == [checkpoint_name(2, 2)]
+
+
+def test_a_long_outage_is_told_of_once_more(run, state, saver_of):
+    saver, log = saver_of(run, outage_limit_s=0.2)
+    block(run)
+    saver.save(state, records(0, 1))
+    assert wait_until(lambda: len(log.warnings) > 1)
+    saver.wait(0.5)
+    assert len(log.warnings) == 2 and "outage_limit_s" in log.warnings[1] and "make room" in log.warnings[1]
+
+
+def test_an_attempt_that_ends_gives_up_what_storage_refuses(run, state, saver_of):
+    saver, log = saver_of(run)
+    block(run)
+    saver.save(state, records(0, 1))
+    saver.close()
+    assert log.committed == [] and (run / ATTEMPTS).names() == ["0001.json"]
+
+
+def test_a_fenced_saver_stops(run, state, saver_of):
+    """Also one whose successor began in an outage."""
+    saver, log = saver_of(run)
+    block(run)
     saver.save(replace_step(state, 2), records(0, 1))
+    assert wait_until(lambda: saver.is_failing)
+    begin_attempt(run, 1, 0, None)
+    run.remove(CHECKPOINTS)
     saver.wait()
     with pytest.raises(FencedError):
         saver.save(replace_step(state, 4), records(2, 3))
     assert log.committed == [] and newest(run) == (None, [])
 
 
-def test_every_checkpoint_names_its_parent(run, state):
+def test_a_run_directory_that_is_gone_is_an_outage_and_no_fence(run, state, saver_of):
+    """As where a file system is not mounted any more."""
+    saver, log = saver_of(run)
+    attempts = Path(run.path) / ATTEMPTS
+    attempts.rename(f"{attempts}-elsewhere")
+    saver.save(state, records(0, 1))
+    assert wait_until(lambda: saver.is_failing)
+    assert "record of attempt 1" in log.warnings[0]
+    Path(f"{attempts}-elsewhere").rename(attempts)
+    saver.wait()
+    assert log.committed == [checkpoint_name(2, 1)] == find_checkpoints(run)
+
+
+def test_what_cannot_be_deleted_does_not_undo_the_commit(run, state, saver_of):
+    saver, log = saver_of(run, keep=1)
+    (run / CHECKPOINTS).write(checkpoint_name(1, 1), b"a file, which is no directory to delete")
+    saver.finish(state, records(0, 1))
+    assert log.committed == [checkpoint_name(2, 1)] == [newest(run)[0]]
+    assert len(log.warnings) == 1 and "could not be deleted" in log.warnings[0]
+
+
+def test_every_checkpoint_names_its_parent(run, state, saver_of):
     saver, _ = saver_of(run, "step-00000002-attempt-0001")
     for step in (4, 6):
         saver.save(replace_step(state, step), records(step))

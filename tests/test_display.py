@@ -58,6 +58,24 @@ def test_a_progress_line():
     assert masked_only == f"{line}  wait 1.2%  3 workers".replace("nsp acc 0.500  ", "")
 
 
+def test_a_commit_that_is_overdue_is_shown_with_its_age():
+    """Once two checkpoints are missing, until one is complete; an attempt is as old as what it begins from."""
+    output = StringIO()
+    with Display(100, Console(file=output, width=200), save_every_steps=10) as display:
+        for event in [Event("attempt", 0, metrics={"number": 1, "world_size": 1}), train(19), train(20), train(30),
+                      Event("checkpoint", 20, "step-00000020-attempt-0001"), train(39), train(40),
+                      Event("attempt", 20, metrics={"number": 2, "world_size": 1}), train(40),
+                      Event("attempt", 30, metrics={"number": 3, "world_size": 1}), train(40), train(50)]:  # fmt: skip
+            display.show(event)
+    lines = [line for line in output.getvalue().splitlines() if line.startswith("step ")]
+    assert ["last commit 0s ago" in line for line in lines] == [False, True, True, False, True, True, False, True]
+    assert progress_line(20, 100, METRICS, 5, 725).endswith("5s left  last commit 12m05s ago")
+
+
+def train(step):
+    return Event("train", step, metrics=METRICS)
+
+
 def test_an_evaluation_line():
     line = "held-out at step 20: mlm loss 6.543  mlm acc 0.100"
     assert evaluation_line(20, HELD_OUT) == f"{line}  nsp loss 0.700  nsp acc 0.600"

@@ -8,7 +8,7 @@ import pytest
 import raybert
 
 LAYERS = (  # from the bottom; a module imports from layers below its own
-    ("__init__", "allocator", "config", "errors", "events", "hold", "jit", "notice", "order"),
+    ("__init__", "allocator", "config", "errors", "events", "hold", "jit", "notice", "order", "retry"),
     ("checks", "config_file", "crc", "display", "flops", "model_garden", "storage"),
     ("compression", "history", "ledger"),
     ("tfrecord",),
