@@ -20,6 +20,9 @@ SMALLEST = {
     "training.log_every_steps": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 0,
+    "guard.max_non_finite": 1,
+    "guard.spike_window": 2,
+    "guard.max_rollbacks": 0,
     "evaluation.every_steps": 0,
     "evaluation.num_steps": 1,
     "cluster.cpus_per_worker": 1,
@@ -29,6 +32,7 @@ POSITIVE_SECONDS = (
     "cluster.resize_check_s",
     "cluster.start_timeout_s",
     "cluster.collective_timeout_s",
+    "cluster.hang_timeout_s",
 )
 
 
@@ -47,6 +51,11 @@ def check_config(config: Config) -> None:
     if price is not None and not (0 <= price < math.inf):
         raise UserError(
             f"cluster.price_per_worker_hour must be 0 or more, got cluster.price_per_worker_hour={price}; as in 2.5."
+        )
+    if not (0 <= config.guard.spike_sigma < math.inf):
+        raise UserError(
+            f"guard.spike_sigma must be 0 or more, got guard.spike_sigma={config.guard.spike_sigma}; 6 is OLMo's, 0 "
+            "looks for no spike."
         )
     _check_lengths(config)
     _check_workers(config)

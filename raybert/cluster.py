@@ -30,12 +30,12 @@ COORDINATOR = "AutoscalingCoordinator"  # Ray's actor of that name, in a namespa
 REQUEST = "ray_request"  # names, in the run directory, what the newest driver asks of Ray
 ADDRESS, LOCAL = "RAY_ADDRESS", "local"
 CONNECT_TIMEOUT_S = 5
+HANG_SLACK_S = 10.0  # the lookout is to be first: what Ray gives up takes it a minute to end
 TOKEN = "set RAY_AUTH_MODE=token and put the token into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH"
 LOCAL_FEED_CPUS = 2  # logical CPUs beyond the workers', for the feed's tasks
 ENVIRONMENT = {
     # Ray Train's defaults, above all for noticing what went wrong, are several times as long.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -82,7 +82,11 @@ def connected(config: ClusterConfig, verbose: bool) -> Iterator[None]:
     Raises:
         UserError: the cluster that RAY_ADDRESS names cannot be reached.
     """
-    for name, value in {**ENVIRONMENT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.start_timeout_s)}.items():
+    limits = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.start_timeout_s),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(config.hang_timeout_s + HANG_SLACK_S),
+    }
+    for name, value in {**ENVIRONMENT, **limits}.items():
         os.environ.setdefault(name, value)
     variables = {**MALLOC, **NO_NODES_FOR_THE_FEED, **_own_state_api()}
     settings: dict[str, Any] = {

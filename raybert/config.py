@@ -111,6 +111,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """When training goes back to the newest checkpoint by itself, to leave out the steps that spoilt it."""
+
+    max_non_finite: int = 3
+    """So many gradients in a row that are not finite roll the run back; each alone makes no update."""
+    spike_sigma: float = 0.0
+    """A loss so many standard deviations above the mean rolls the run back; 6 is OLMo's, 0: none does."""
+    spike_window: int = 128
+    """Steps that mean and deviation are taken over; an attempt knows no spike before it has made so many."""
+    max_rollbacks: int = 3
+    """Rollbacks of a run; where one more would be needed, it ends with an error."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out masked LM and next sentence prediction."""
 
@@ -138,6 +152,8 @@ class ClusterConfig:
     """Seconds that starting a worker group may take before a smaller one is tried."""
     collective_timeout_s: float = 180.0
     """Seconds after which a hanging collective is an error."""
+    hang_timeout_s: float = 120.0
+    """Seconds after which a worker that does not answer is killed and replaced; after half of them it is named."""
     price_per_worker_hour: float | None = None
     """What a worker costs an hour, in any currency; the summary of a run then says what the run has cost."""
 
@@ -160,5 +176,6 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

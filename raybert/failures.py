@@ -14,10 +14,12 @@ from ray.train.v2.api.callback import UserCallback
 
 from raybert.errors import UserError
 from raybert.events import Event, Tell
+from raybert.guard import RollbackError
 from raybert.history import read_attempts
 from raybert.retry import outlast_blip
 from raybert.storage import Directory
 
+SILENT = "WorkerHealthCheckTimeoutError"  # Ray Train's, of a process that hangs
 AT_STEP = "at step "  # begins a note of an error
 ALIKE_LIMIT = 3  # failures in a row with one error at one step that end a run
 STUCK_LIMIT = 10  # failures in a row of any kind, no checkpoint between them, that end a run
@@ -47,10 +49,16 @@ class StopRetrying(UserCallback):
         for cause in causes:
             if isinstance(cause, UserError):
                 raise cause
+        for cause in causes:
+            if isinstance(cause, RollbackError):  # no failure: the run counts these itself
+                self.tell(Event("failure", text=str(cause)))
+                return
         # What the others say of a worker that died is no reason.
-        died = any(isinstance(cause, RayActorError) for cause in causes)
+        silent = [rank for rank, error in worker_exceptions.items() if type(cause_of(error)).__name__ == SILENT]
+        died = bool(silent) or any(isinstance(cause, RayActorError) for cause in causes)
         notes = [] if died else _notes(errors[0])
-        failure = "a worker died" if died else _described(causes[0], notes)
+        failure = f"rank {silent[0]} did not answer" if silent else "a worker died"
+        failure = failure if died else _described(causes[0], notes)
         self._note(failure)
         if not died and self.failures[-ALIKE_LIMIT:].count(self.failures[-1]) == ALIKE_LIMIT:
             details = [note for note in notes if not note.startswith(AT_STEP)]

@@ -21,6 +21,9 @@ from raybert.storage import Directory
 
 ATTEMPTS, RECORDS = "attempts", "history"
 
+Barred = tuple[int, int, str]
+"""Steps [first, stop) that are consumed without an update, and why."""
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -32,6 +35,7 @@ class Attempt:
         start_step: first step it trains.
         checkpoint: name of the checkpoint it began from; None at the beginning of a run.
         started_at: ISO 8601, UTC.
+        barred: what the attempts before have barred, those that were rolled back.
     """
 
     number: int
@@ -39,6 +43,7 @@ class Attempt:
     start_step: int
     checkpoint: str | None
     started_at: str
+    barred: tuple[Barred, ...] = ()
 
 
 class FencedError(UserError):
@@ -51,10 +56,12 @@ def newest_attempt(run: Directory) -> int:
     return max((int(name.removesuffix(".json")) for name in names if name.endswith(".json")), default=0)
 
 
-def begin_attempt(run: Directory, world_size: int, start_step: int, checkpoint: str | None) -> Attempt:
+def begin_attempt(
+    run: Directory, world_size: int, start_step: int, checkpoint: str | None, barred: tuple[Barred, ...] = ()
+) -> Attempt:
     """Record a new attempt, which fences all older ones."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    attempt = Attempt(newest_attempt(run) + 1, world_size, start_step, checkpoint, now)
+    attempt = Attempt(newest_attempt(run) + 1, world_size, start_step, checkpoint, now, barred)
     (run / ATTEMPTS).write(f"{attempt.number:04d}.json", json.dumps(asdict(attempt)).encode())
     return attempt
 

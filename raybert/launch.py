@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raybert import cluster, ingest, preflight
 from raybert.checkpoint import Checkpoint, newest_checkpoint
 from raybert.compression import compression
-from raybert.config import Config
+from raybert.config import ClusterConfig, Config
 from raybert.config_file import CONFIG, config_to_yaml
 from raybert.display import Display
 from raybert.errors import UserError
@@ -30,6 +32,7 @@ from raybert.evaluate import unigram_loss
 from raybert.events import Event
 from raybert.failures import StopRetrying, cause_of
 from raybert.gauges import Gauges
+from raybert.guard import RollbackError
 from raybert.index import INDEX, Index, Shard, check_shards, index_shard, write_list
 from raybert.ledger import Ledger, lines, read_ledger, summarize
 from raybert.retry import outlast_blip
@@ -232,7 +235,12 @@ def _write_settings(config: Config, run_dir: Directory, index: Index, evaluation
 
 def _fit_here(job: Job) -> None:
     """Ray Train's local mode: one process, no actors."""
-    TorchTrainer(partial(train_worker, job), scaling_config=ScalingConfig(num_workers=0)).fit()
+    while True:
+        try:
+            TorchTrainer(partial(train_worker, job), scaling_config=ScalingConfig(num_workers=0)).fit()
+            return
+        except RollbackError as error:
+            job.tell(Event("failure", text=str(error)))
 
 
 class Inbox:
@@ -267,7 +275,9 @@ def _fit(job: Job, display: Display, ledger: Ledger) -> None:
     """
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     inbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Inbox).remote()  # other nodes may go
-    trainer: Any = _trainer(job, Post(inbox))
+    scratch = tempfile.TemporaryDirectory(prefix="raybert-")
+    trainer: Any = _trainer(job, scratch.name, Post(inbox), display.warn)
+    cluster.replace_request(job.run, trainer.train_run_context.run_id)
     outcome: list[BaseException | None] = []
 
     def fit() -> None:
@@ -284,6 +294,7 @@ def _fit(job: Job, display: Display, ledger: Ledger) -> None:
         _follow(thread, inbox, job, display, ledger)
     finally:
         cluster.cancel_request(trainer.train_run_context.run_id)
+        scratch.cleanup()
     if outcome[0] is not None:
         raise cause_of(outcome[0])
 
@@ -307,28 +318,26 @@ def _follow(thread: threading.Thread, inbox: Any, job: Job, display: Display, le
                 display.line(shortage)
 
 
-def _trainer(job: Job, post: Post) -> TorchTrainer:
+def _trainer(job: Job, scratch: str, post: Post, warn: Callable[[str], None]) -> TorchTrainer:
     config = job.config
-    low, high = config.cluster.worker_range()
     index = ray.put(job.index.for_reading())
     evaluation = None if job.evaluation is None else ray.put(job.evaluation.for_reading())
     remote = replace(job, index=index, evaluation=evaluation, tell=post)
     resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if config.cluster.use_gpu else {})}
     scaling: Any = ScalingConfig(
-        num_workers=low if low == high else (low, high),
+        num_workers=config.cluster.worker_range(),
         use_gpu=config.cluster.use_gpu,
         resources_per_worker=resources,
         elastic_resize_monitor_interval_s=config.cluster.resize_check_s,
     )
-    # Ray keeps its own state of the run beside ours; checkpoints are not reported to it: our manifests are the truth.
+    # Checkpoints are not reported to Ray: our manifests are the truth, and Ray keeps nothing from one start to the next.
     run: Any = RunConfig(
         name="ray",
-        storage_path=job.run.path,
-        storage_filesystem=job.run.filesystem,
+        storage_path=scratch,
         failure_config=FailureConfig(max_failures=-1),
         callbacks=[StopRetrying(job.run, post)],
     )
-    return TorchTrainer(
+    return _trainer_class(config.cluster, post, warn)(
         partial(train_ray_worker, remote),
         torch_config=TorchConfig(timeout_s=int(config.cluster.collective_timeout_s)),
         scaling_config=scaling,
@@ -336,6 +345,26 @@ def _trainer(job: Job, post: Post) -> TorchTrainer:
         datasets={ingest.TRAIN: ingest.placeholder()},
         dataset_config=ingest.AttemptConfig(job.order, index, config.training.num_steps, Begin(job.run, post)),
     )
+
+
+def _trainer_class(config: ClusterConfig, post: Post, warn: Callable[[str], None]) -> Callable[..., TorchTrainer]:
+    """Ray's trainer with our scaling policy; with Ray's own where that does not fit the installed Ray."""
+    try:
+        from raybert import scaling
+
+        lacking = scaling.missing()
+    except ImportError as error:
+        lacking = [str(error)]
+    if lacking:
+        warn(
+            f"Ray {ray.__version__} is not built as raybert expects ({', '.join(lacking)}): Ray's own scaling policy is "
+            "used, with which every resize and every node that leaves costs the steps since the last checkpoint; "
+            "install Ray 2.60."
+        )
+        return TorchTrainer
+    # Ray's watcher would take a node's notice out of the policy's hands, and wait until the node is gone.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    return partial(scaling.ElasticTrainer, tell=post, hang_timeout_s=config.hang_timeout_s)
 
 
 def _print_result(run_dir: Directory, config: Config, display: Display) -> None:

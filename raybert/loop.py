@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from raybert.config import Config, TrainingConfig
-from raybert.errors import UserError
 from raybert.feed import RankBatch
 from raybert.flops import peak_flops
+from raybert.guard import HALVINGS, NON_FINITE, Guard, Judged, RollbackError, spelt
 from raybert.history import Arrival, StepRecord, samples_checksum
 from raybert.loss import Sums
 from raybert.optim import learning_rate
-from raybert.step import StepResult, TrainState, train_step
+from raybert.progress import reached
+from raybert.step import StepResult, TrainState, pass_over, train_step
 from raybert.world import World
 
 
@@ -30,6 +32,7 @@ class Observer(Protocol):
     def is_asked_to_hold(self) -> bool: ...
     def save(self, state: TrainState, records: list[StepRecord]) -> None: ...
     def save_and_hold(self, state: TrainState, records: list[StepRecord]) -> None: ...
+    def warn(self, text: str) -> None: ...
 
 
 @dataclass
@@ -68,8 +71,8 @@ class Meter:
         return cls(world, training.global_batch_size, math.nan if peak is None else peak, Sums.zero(world.device))
 
     def add(self, result: StepResult, wait_s: float) -> None:
-        """Count a step whose batch was waited for `wait_s`."""
-        self.sums += result.sums
+        """Count a step whose batch was waited for `wait_s`; its loss only if it made an update."""
+        self.sums += Sums(torch.where(result.skipped, 0.0, result.sums.values))
         self.num_steps += 1
         self.num_tokens += result.num_tokens
         self.flops += result.flops
@@ -82,6 +85,8 @@ class Meter:
         *sums, num_tokens, flops, peak, wait_s = self.world.sum(torch.cat([self.sums.values, counted])).tolist()
         elapsed_s = time.perf_counter() - self.started_at_s
         metrics = Sums(torch.tensor(sums, dtype=torch.float64)).metrics()
+        if not sums[1]:  # no step made an update
+            metrics = dict.fromkeys(metrics, math.nan)
         metrics["training_loss"] = metrics.pop("loss")
         metrics |= {
             "grad_norm": float(newest.grad_norm),
@@ -116,6 +121,7 @@ def train(
     config: Config,
     world: World,
     attempt: int,
+    barred: Mapping[int, str],
     evaluate: Callable[[], dict[str, float]] | None,
     observer: Observer | None,
 ) -> Result:
@@ -127,23 +133,31 @@ def train(
         config: of the run.
         world: this rank's.
         attempt: number, for the records.
+        barred: steps that are consumed without an update, and why.
         evaluate: metrics over the held-out set, called by all ranks at the same steps.
         observer: what rank 0 does with metrics and checkpoints; None on other ranks.
 
     Raises:
-        UserError: training has diverged.
+        RollbackError: the guard gave an alarm, at the same step on all ranks.
         FeedError: what arrived is not what the sample order says.
     """
     meter, trail, result = Meter.start(world, config.training), Trail(world, attempt), Result()
-    for wait_s, batch in _timed(batches):
+    watch = Watch(world, config)
+    for wait_s, batch in _timed(batches, state):
         is_hold_asked = world.any(observer is not None and observer.is_asked_to_hold())
-        outcome = train_step(state, batch, config.training, config.optimizer, world)
+        reason = barred.get(batch.step)
+        outcome = pass_over(state, world) if reason else _train_step(state, batch, config, world)
         meter.add(outcome, wait_s)
-        trail.add(batch, outcome)
+        trail.add(batch, outcome, reason)
+        watch.add(batch.step, outcome, reason is not None)
         is_hold = is_hold_asked()
         is_last = state.step == config.training.num_steps
-        if is_due(state.step, config.training.log_every_steps) or is_last:
-            result.train = _checked(meter.drain(outcome), state, config)
+        is_logged = is_due(state.step, config.training.log_every_steps) or is_last
+        is_saved = is_due(state.step, config.checkpoint.every_steps) or is_hold or is_last
+        if is_logged or is_saved:
+            watch.look(observer)
+        if is_logged:
+            result.train = meter.drain(outcome) | _standing(state, config)
             if observer:
                 observer.train_metrics(state.step, result.train)
         if evaluate and (is_due(state.step, config.evaluation.every_steps) or is_last):
@@ -152,53 +166,95 @@ def train(
             if observer:
                 observer.eval_metrics(state.step, result.evaluation)
         if is_last:
-            _check_finite(outcome, state)
-        elif is_hold:
-            _check_finite(outcome, state)
+            _check_weights(state)
+        elif is_saved and watch.is_calm:
+            _check_weights(state)
             records = trail.drain()
-            if observer:  # the others meet it, or their end, in the next step
+            if observer and is_hold:  # the others meet it, or their end, in the next step
                 with meter.paused():
                     observer.save_and_hold(state, records)
-        elif is_due(state.step, config.checkpoint.every_steps):
-            _check_finite(outcome, state)
-            records = trail.drain()
-            if observer:
+            elif observer:
                 observer.save(state, records)
     result.records = trail.drain()
     return result
 
 
-def _timed(batches: Iterable[RankBatch]) -> Iterator[tuple[float, RankBatch]]:
+def _timed(batches: Iterable[RankBatch], state: TrainState) -> Iterator[tuple[float, RankBatch]]:
     """Each batch with the seconds it was waited for."""
     iterator = iter(batches)
     while True:
         asked_at_s = time.perf_counter()
+        reached(state.step, has_batch=False)
         batch = next(iterator, None)
         if batch is None:
             return
+        reached(batch.step, has_batch=True)
         yield time.perf_counter() - asked_at_s, batch
 
 
-def _checked(metrics: dict[str, float], state: TrainState, config: Config) -> dict[str, float]:
-    """The metrics with what the state adds to them, unless training has diverged."""
-    if not math.isfinite(metrics["training_loss"]):
-        raise _diverged(f"loss is {metrics['training_loss']}", state)
-    metrics["learning_rate"] = learning_rate(state.step - 1, config.optimizer, config.training.num_steps)
-    metrics["num_skipped"] = int(state.num_skipped)
-    return metrics
+def _train_step(state: TrainState, batch: RankBatch, config: Config, world: World) -> StepResult:
+    return train_step(state, batch, config.training, config.optimizer, world)
 
 
-def _check_finite(newest: StepResult, state: TrainState) -> None:
-    """Refuse to save weights that are not numbers any more: their gradient is not one either."""
-    if not (state.scaler.is_enabled() or math.isfinite(newest.grad_norm)):
-        raise _diverged(f"norm of the gradient is {float(newest.grad_norm)}", state)
+def _standing(state: TrainState, config: Config) -> dict[str, float]:
+    """The metrics that are the state's."""
+    rate = learning_rate(state.step - 1, config.optimizer, config.training.num_steps)
+    return {"learning_rate": rate, "num_skipped": int(state.num_skipped)}
 
 
-def _diverged(what: str, state: TrainState) -> UserError:
-    return UserError(
-        f"The {what} at step {state.step}: training has diverged; lower optimizer.learning_rate or raise "
-        "optimizer.warmup_steps. The checkpoints before are intact."
-    )
+def _check_weights(state: TrainState) -> None:
+    """Refuse to save weights that are not numbers any more; the gradient that made them so may have been one.
+
+    Raises:
+        RollbackError: barring no step, since which of them it was is not known.
+    """
+    norm = nn.utils.get_total_norm(state.model.parameters())
+    if not torch.isfinite(norm):
+        raise RollbackError(state.step, state.step, f"weights that are not finite at step {state.step}")
+
+
+class Watch:
+    """The global losses of the steps since the guard last judged; judging waits for the device."""
+
+    def __init__(self, world: World, config: Config) -> None:
+        self._world = world
+        self._is_fp16 = config.training.precision == "fp16"
+        self._guard = Guard(config.guard, HALVINGS if self._is_fp16 else 0)
+        self._steps: list[tuple[int, bool]] = []
+        self._losses: list[torch.Tensor] = []
+        self._skipped: list[torch.Tensor] = []
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether a checkpoint may be made."""
+        return self._guard.is_calm
+
+    def add(self, step: int, result: StepResult, is_barred: bool) -> None:
+        """Note a step."""
+        self._steps.append((step, is_barred))
+        self._losses.append(result.sums.values)
+        self._skipped.append(result.skipped)
+
+    def look(self, observer: Observer | None) -> None:
+        """Judge the steps since the last look, which every rank must do.
+
+        Raises:
+            RollbackError: on all ranks alike.
+        """
+        if not self._steps:
+            return
+        sums = self._world.sum(torch.stack(self._losses)).cpu()
+        rows = zip(self._steps, sums, torch.stack(self._skipped).tolist(), strict=True)
+        judged = [
+            Judged(step, None if is_barred else Sums(values).metrics()["loss"], not was_skipped)
+            for (step, is_barred), values, was_skipped in rows
+        ]
+        self._steps, self._losses, self._skipped = [], [], []
+        if observer and not self._is_fp16:  # whose loss scale makes an overflow ordinary
+            for step in judged:
+                if step.loss is not None and not step.is_finite:
+                    observer.warn(f"{spelt(step.step, step.step + 1)} made no update: {NON_FINITE}.")
+        self._guard.judge(judged)
 
 
 class Trail:
@@ -208,13 +264,15 @@ class Trail:
         self._world, self._attempt = world, attempt
         self._arrived: list[list[int]] = []
         self._skipped: list[torch.Tensor] = []
+        self._reasons: list[str] = []
 
-    def add(self, batch: RankBatch, result: StepResult) -> None:
-        """Note a step's arrivals."""
+    def add(self, batch: RankBatch, result: StepResult, reason: str | None = None) -> None:
+        """Note a step's arrivals, and why it was to make no update."""
         positions = batch.positions
         arrived = [batch.step, int(positions[0]), int(positions[-1]) + 1, samples_checksum(batch.samples)]
         self._arrived.append(arrived)
         self._skipped.append(result.skipped)
+        self._reasons.append(reason or NON_FINITE)
 
     def drain(self) -> list[StepRecord]:
         """The records of all ranks, which every rank must ask for; then starts over."""
@@ -223,13 +281,14 @@ class Trail:
         mine = torch.tensor(self._arrived, dtype=torch.int64, device=self._world.device)
         ranks = self._world.gather(mine).tolist()
         skipped = torch.stack(self._skipped).tolist()
-        self._arrived, self._skipped = [], []
+        reasons = self._reasons
+        self._arrived, self._skipped, self._reasons = [], [], []
         return [
             StepRecord(
                 step=steps[0][0],
                 attempt=self._attempt,
                 arrivals=tuple(Arrival(*arrival) for _, *arrival in steps),
-                skipped="non-finite gradient" if was_skipped else None,
+                skipped=reason if was_skipped else None,
             )
-            for *steps, was_skipped in zip(*ranks, skipped, strict=True)
+            for *steps, was_skipped, reason in zip(*ranks, skipped, reasons, strict=True)
         ]

@@ -32,6 +32,7 @@ from ray.train.v2.api.config import ScalingConfig
 
 from raybert import hold
 from raybert.events import Event, Tell
+from raybert.lookout import Lookout
 
 KNOCK_S = 2.0  # that a node may take to answer
 CALL_S = 5.0  # that Ray's actors may take to answer
@@ -115,7 +116,7 @@ class Persistence:
 class CheckpointedScaling(ElasticScalingPolicy):
     """Starts on nodes that answer, leaves nodes that are about to go, and grows or shrinks right after a checkpoint."""
 
-    def __init__(self, scaling_config: ScalingConfig, tell: Tell) -> None:
+    def __init__(self, scaling_config: ScalingConfig, tell: Tell, hang_timeout_s: float) -> None:
         """Args:
         scaling_config: smallest and largest number of workers; a wish for another number must last its
             `elastic_resize_monitor_interval_s` before it is followed.
@@ -123,12 +124,14 @@ class CheckpointedScaling(ElasticScalingPolicy):
         """
         super().__init__(scaling_config)
         self._tell = tell
+        self._lookout = Lookout(tell, hang_timeout_s)
         self._avoided: list[str] = []
         self._begin(None)
 
     def _begin(self, started_at_s: float | None) -> None:
         """Forget what was wished for another group of workers."""
         self._started_at_s = started_at_s
+        self._lookout.begin()
         self._wishes = Persistence()
         self._looked_at_s = self._asked_at_s = -math.inf
         self._possible: int | None = None
@@ -155,6 +158,7 @@ class CheckpointedScaling(ElasticScalingPolicy):
         self._maybe_send_resource_request()  # type: ignore[no-untyped-call]
         if group.start_time != self._started_at_s:
             self._begin(group.start_time)
+        self._lookout.look(group.workers)
         nodes = live_nodes()
         is_leaving = any(
             nodes[worker.metadata.node_id].is_draining for worker in group.workers if worker.metadata.node_id in nodes
@@ -246,13 +250,13 @@ def _called(worker: Worker, function: Callable[[], T]) -> T | None:
 class ElasticTrainer(TorchTrainer):
     """Ray's trainer, with this module's policy in the place of Ray's: the one seam."""
 
-    def __init__(self, *arguments: Any, tell: Tell, **named: Any) -> None:
+    def __init__(self, *arguments: Any, tell: Tell, hang_timeout_s: float, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._tell = tell
+        self._tell, self._hang_timeout_s = tell, hang_timeout_s
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         scaling: Any = self.scaling_config
-        arguments["scaling_policy"] = CheckpointedScaling(scaling, self._tell)
+        arguments["scaling_policy"] = CheckpointedScaling(scaling, self._tell, self._hang_timeout_s)
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 

@@ -100,6 +100,14 @@ def train_step(
     return StepResult(sums, grad_norm, skipped, int(lengths.sum()), flops)
 
 
+def pass_over(state: TrainState, world: World) -> StepResult:
+    """Consume one global batch without an update."""
+    state.num_skipped += 1
+    state.step += 1
+    nothing = torch.full((), torch.nan, device=world.device)
+    return StepResult(Sums.zero(world.device), nothing, nothing.isnan(), 0, 0)
+
+
 def _backward(state: TrainState, batch: RankBatch, training: TrainingConfig, world: World) -> Sums:
     """Accumulate the gradients of this rank's slice; the last micro-batch averages them over ranks."""
     place = rank_slice(training.global_batch_size, world.rank, world.size).start

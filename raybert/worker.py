@@ -26,6 +26,7 @@ from raybert.evaluate import evaluate
 from raybert.events import Event, Tell
 from raybert.failures import AT_STEP
 from raybert.feed import Layout, RankBatch, local_batches, rank_batches
+from raybert.guard import RollbackError, bar, check_rollbacks, read_barred, reasons, spelt
 from raybert.history import Attempt, StepRecord, begin_attempt, newest_attempt
 from raybert.hold import HOLD, HOLD_S
 from raybert.index import Index
@@ -75,9 +76,13 @@ class Begin:
     def __call__(self, world_size: int) -> Attempt:
         checkpoint = outlast_blip(lambda: newest_checkpoint(self.run, self._warn))
         step, name = (checkpoint.step, checkpoint.name) if checkpoint else (0, None)
-        attempt = outlast_blip(lambda: begin_attempt(self.run, world_size, step, name))
+        barred = outlast_blip(lambda: read_barred(self.run))
+        attempt = outlast_blip(lambda: begin_attempt(self.run, world_size, step, name, barred))
         metrics = {"number": attempt.number, "world_size": world_size}
         self.tell(Event("attempt", step, name or "", metrics))
+        for first, stop, reason in barred:
+            if max(first, step) < stop:
+                self._warn(f"{spelt(max(first, step), stop)} will make no update: {reason}.")
         return attempt
 
     def _warn(self, text: str) -> None:
@@ -98,9 +103,17 @@ def train_worker(job: Job) -> None:
         if world.is_first:
             batches = _warn_if_late(batches, job.tell)
         try:
-            result = train(state, batches, job.config, world, attempt.number, _evaluator(job, state, world), recorder)
+            barred, evaluator = reasons(attempt.barred), _evaluator(job, state, world)
+            result = train(state, batches, job.config, world, attempt.number, barred, evaluator, recorder)
             if recorder:
                 recorder.finish(state, result.records, result.train, result.evaluation)
+        except RollbackError as error:
+            check_rollbacks(attempt.barred, job.config.guard, error)
+            if recorder:
+                recorder.close()  # its pending checkpoint is the one to go back to
+                outlast_blip(partial(bar, job.run, attempt.number, error))
+            world.any(False)()  # nobody ends the attempt before that is done
+            raise
         except Exception as error:
             error.add_note(f"{AT_STEP}{state.step}")
             raise
@@ -193,7 +206,7 @@ class Recorder:
         self._telemetry = Telemetry(job.run, attempt.start_step, scratch)
         vocab_file, config = outlast_blip(lambda: _local_vocabulary(job.run, scratch)), job.config.checkpoint
         writer = Writer(job.run, attempt.number, job.config.model, vocab_file, job.identity, config.keep)
-        self._saver = Saver(writer, attempt.checkpoint, self._committed, self._warn, config.outage_limit_s)
+        self._saver = Saver(writer, attempt.checkpoint, self._committed, self.warn, config.outage_limit_s)
 
     def train_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log training metrics."""
@@ -220,7 +233,7 @@ class Recorder:
         if not self._saver.is_saved(state.step):
             HOLD.release()
         elif not HOLD.keep():
-            self._warn(f"Nobody ended attempt {self._attempt} after the checkpoint it was asked for; it trains on.")
+            self.warn(f"Nobody ended attempt {self._attempt} after the checkpoint it was asked for; it trains on.")
 
     def finish(
         self,
@@ -250,9 +263,10 @@ class Recorder:
             self._warn_of_metrics(error)
 
     def _warn_of_metrics(self, error: OSError) -> None:
-        self._warn(f"metrics could not be brought to the run directory: {error}")
+        self.warn(f"metrics could not be brought to the run directory: {error}")
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Warn the person who watches."""
         self._tell(Event("warning", text=text))
 
 

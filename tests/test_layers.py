@@ -8,17 +8,17 @@ import pytest
 import raybert
 
 LAYERS = (  # from the bottom; a module imports from layers below its own
-    ("__init__", "allocator", "config", "errors", "events", "hold", "jit", "notice", "order", "retry"),
+    ("__init__", "allocator", "config", "errors", "events", "hold", "jit", "notice", "order", "progress", "retry"),
     ("checks", "config_file", "crc", "display", "flops", "model_garden", "storage"),
     ("compression", "history", "ledger"),
-    ("tfrecord",),
+    ("guard", "tfrecord"),
     ("example",),
     ("index",),
     ("feed",),
     ("batch", "loss", "model", "optim", "world"),
     ("pretrained", "step"),
     ("checkpoint", "evaluate", "loop", "telemetry"),
-    ("agent", "interface", "preflight"),
+    ("agent", "interface", "lookout", "preflight"),
     ("verify",),
     ("cluster", "failures", "gauges", "ingest", "scaling"),
     ("worker",),
@@ -33,7 +33,20 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
 LEVELS = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 PURE = {module for module, level in LEVELS.items() if level <= LEVELS["feed"]}
 ONLY = {  # what only these may import
-    "ray": {"agent", "bench_ray", "bench_scale", "cluster", "failures", "gauges", "ingest", "interface", "launch", "scaling", "worker"},
+    "ray": {
+        "agent",
+        "bench_ray",
+        "bench_scale",
+        "cluster",
+        "failures",
+        "gauges",
+        "ingest",
+        "interface",
+        "launch",
+        "lookout",
+        "scaling",
+        "worker",
+    },
     "torch.distributed": {"world"},
     "torch.nn.parallel": {"world"},
     "torch": LEVELS.keys() - PURE,
