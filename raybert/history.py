@@ -69,8 +69,12 @@ def begin_attempt(
 def read_attempts(run: Directory) -> list[Attempt]:
     """Every attempt of the run, oldest first."""
     folder = run / ATTEMPTS
-    attempts = [Attempt(**json.loads(folder.read(name))) for name in folder.names() if name.endswith(".json")]
+    attempts = [_to_attempt(json.loads(folder.read(name))) for name in folder.names() if name.endswith(".json")]
     return sorted(attempts, key=lambda attempt: attempt.number)
+
+
+def _to_attempt(row: dict[str, Any]) -> Attempt:
+    return Attempt(**row | {"barred": tuple((first, stop, reason) for first, stop, reason in row.get("barred", ()))})
 
 
 def check_newest(run: Directory, attempt: int) -> None:
