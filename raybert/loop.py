@@ -19,7 +19,7 @@ from raybert.guard import HALVINGS, NON_FINITE, Guard, Judged, RollbackError, sp
 from raybert.history import Arrival, StepRecord, samples_checksum
 from raybert.loss import Sums
 from raybert.optim import learning_rate
-from raybert.progress import reached
+from raybert.progress import COMPUTE, FEED, reached
 from raybert.step import StepResult, TrainState, pass_over, train_step
 from raybert.world import World
 
@@ -184,11 +184,11 @@ def _timed(batches: Iterable[RankBatch], state: TrainState) -> Iterator[tuple[fl
     iterator = iter(batches)
     while True:
         asked_at_s = time.perf_counter()
-        reached(state.step, has_batch=False)
+        reached(state.step, FEED)
         batch = next(iterator, None)
         if batch is None:
             return
-        reached(batch.step, has_batch=True)
+        reached(batch.step, COMPUTE)
         yield time.perf_counter() - asked_at_s, batch
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-Place = tuple[int, bool]
-"""A step, and whether its batch has arrived; of two ranks the one that the other waits for has the smaller place."""
+Place = tuple[int, int]
+"""A step, and how far it is; of two ranks the one that the other waits for has the smaller place."""
 
-_place: Place = (-1, False)
+FEED, COMPUTE, AVERAGE = range(3)  # before the batch is there; before the gradients are averaged over ranks; after that
+
+_place: Place = (-1, FEED)
 
 
-def reached(step: int, has_batch: bool) -> None:
+def reached(step: int, phase: int) -> None:
     """Note where training is."""
     global _place
-    _place = step, has_batch
+    _place = step, phase
 
 
 def place() -> Place:
@@ -21,7 +23,7 @@ def place() -> Place:
 
 def described(place: Place) -> str:
     """The place for a person."""
-    step, has_batch = place
+    step, phase = place
     if step < 0:
         return "is not ready for its first step"
-    return f"is in step {step}" if has_batch else f"waits for the batch of step {step}"
+    return (f"waits for the batch of step {step}", f"computes step {step}", f"has computed step {step}")[phase]

@@ -17,6 +17,7 @@ from raybert.loss import Sums, mlm_sums, nsp_sums, total_loss
 from raybert.model import BertForPreTraining
 from raybert.optim import build_optimizer, clip_gradients, learning_rate, update
 from raybert.order import rank_slice
+from raybert.progress import AVERAGE, reached
 from raybert.world import World, without_sync
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,6 +122,8 @@ def _backward(state: TrainState, batch: RankBatch, training: TrainingConfig, wor
             with autocast(training, world):
                 sums = forward(state.parallel, part.to(world.device))
             loss = total_loss(sums, batch.global_weight, training.global_batch_size, world.size)
+            if last:
+                reached(batch.step, AVERAGE)
             state.scaler.scale(loss).backward()
         total += sums.detach()
     return total

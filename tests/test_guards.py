@@ -325,11 +325,11 @@ def test_where_rollbacks_do_not_help_the_run_ends_with_an_error(train, capsys):
 @pytest.mark.parametrize(
     ("places", "found"),
     [
-        ([(7, True), (7, True)], []),
-        ([(7, True), (7, False), (7, True)], [1]),
-        ([(8, False), (7, True), (7, True)], [1, 2]),
-        ([(-1, False), (0, True)], [0]),
-        ([(7, True)], []),
+        ([(7, 1), (7, 1)], []),
+        ([(7, 1), (7, 0), (7, 2)], [1]),
+        ([(8, 0), (7, 2), (7, 2)], [1, 2]),
+        ([(-1, 0), (0, 1)], [0]),
+        ([(7, 1)], []),
     ],
 )
 def test_ranks_wait_for_those_that_are_behind(places, found):
@@ -337,10 +337,11 @@ def test_ranks_wait_for_those_that_are_behind(places, found):
 
 
 def test_places_in_words():
-    assert [described(place) for place in ((-1, False), (3, False), (3, True))] == [
+    assert [described(place) for place in ((-1, 0), (3, 0), (3, 1), (3, 2))] == [
         "is not ready for its first step",
         "waits for the batch of step 3",
-        "is in step 3",
+        "computes step 3",
+        "has computed step 3",
     ]
 
 
@@ -375,8 +376,8 @@ def test_a_stopped_worker_is_named_and_replaced(tmp_path, pace, sample_index, tw
 def test_a_worker_that_stands_still_is_named(tmp_path, sample_index, two_nodes):
     """Its process answers, its training does not go on: the others' collective ends by its timeout."""
     run_dir, gate = tmp_path / "run", tmp_path / "gate"
-    settings = {"training__num_steps": 400, "cluster__num_workers": 2, "cluster__cpus_per_worker": 2}
-    settings |= {"cluster__hang_timeout_s": 12, "cluster__collective_timeout_s": 15, "checkpoint__every_steps": 50}
+    settings = {"training__num_steps": 60, "cluster__num_workers": 2, "cluster__cpus_per_worker": 2}
+    settings |= {"cluster__hang_timeout_s": 12, "cluster__collective_timeout_s": 15}
     program = [sys.executable, str(POISONED), "", "", str(gate)]
     with running(two_nodes.address, *flags(run_dir, **settings), within=program) as process:
         wait_until(lambda: logged_steps(run_dir), process)
@@ -384,10 +385,10 @@ def test_a_worker_that_stands_still_is_named(tmp_path, sample_index, two_nodes):
         wait_until(lambda: len(attempts(run_dir)) == 2, process)
         gate.unlink()
         said = finish(process)
-    place = r"warning: rank 1 \(process \d+ on .*\) is in step \d+, for which the others wait, since \d+ s"
+    place = r"warning: rank 1 \(process \d+ on .*\) computes step \d+, for which the others wait, since \d+ s"
     assert re.search(place, said)
     assert "rank 0 (" not in said
-    assert set(assert_exactly_once(run_dir, 400, sample_index)) == {2}
+    assert set(assert_exactly_once(run_dir, 60, sample_index)) == {2}
 
 
 def test_a_run_on_a_cluster_is_rolled_back(tmp_path, sample_index, two_nodes):
