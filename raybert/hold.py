@@ -1,6 +1,6 @@
 """The hold: whoever is about to end the workers asks for a checkpoint first, after which training waits to be ended.
 
-So a planned end costs no step. The one who asks runs in another thread of rank 0's process; there is one hold a process.
+So a planned end costs no step. Whoever asks runs in another thread of rank 0's process; there is one hold a process.
 """
 
 from __future__ import annotations

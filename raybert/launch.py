@@ -330,7 +330,7 @@ def _trainer(job: Job, scratch: str, post: Post, warn: Callable[[str], None]) ->
         resources_per_worker=resources,
         elastic_resize_monitor_interval_s=config.cluster.resize_check_s,
     )
-    # Checkpoints are not reported to Ray: our manifests are the truth, and Ray keeps nothing from one start to the next.
+    # Checkpoints are not reported to Ray: our manifests are the truth, and no state of Ray's outlives the driver.
     run: Any = RunConfig(
         name="ray",
         storage_path=scratch,
@@ -357,8 +357,8 @@ def _trainer_class(config: ClusterConfig, post: Post, warn: Callable[[str], None
         lacking = [str(error)]
     if lacking:
         warn(
-            f"Ray {ray.__version__} is not built as raybert expects ({', '.join(lacking)}): Ray's own scaling policy is "
-            "used, with which every resize and every node that leaves costs the steps since the last checkpoint; "
+            f"Ray {ray.__version__} is not built as raybert expects ({', '.join(lacking)}): Ray's own scaling policy "
+            "is used, with which every resize and every node that leaves costs the steps since the last checkpoint; "
             "install Ray 2.60."
         )
         return TorchTrainer

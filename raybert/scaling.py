@@ -4,7 +4,7 @@ Ray's own policy decides by a view of the cluster that is up to 20 s old, counts
 workers without a word. This one looks afresh, knocks at every node, and ends workers only once the checkpoint that it
 asked for is complete (`hold`), so that a planned change costs no step.
 
-Everything private of Ray's that raybert relies on for this is imported here; `tests/test_scaling.py` holds the contract.
+All that raybert needs of Ray's private parts for this is imported here; `tests/test_scaling.py` holds the contract.
 """
 
 from __future__ import annotations
