@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -74,7 +74,8 @@ def read_attempts(run: Directory) -> list[Attempt]:
 
 
 def _to_attempt(row: dict[str, Any]) -> Attempt:
-    return Attempt(**row | {"barred": tuple((first, stop, reason) for first, stop, reason in row.get("barred", ()))})
+    attempt = Attempt(**row)
+    return replace(attempt, barred=tuple((first, stop, reason) for first, stop, reason in attempt.barred))
 
 
 def check_newest(run: Directory, attempt: int) -> None:

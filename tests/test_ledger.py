@@ -421,8 +421,8 @@ def test_a_failed_run_ends_with_its_error(tmp_path, run):
     with start(write_config(tmp_path, **{"training.num_steps": 200, "optimizer.learning_rate": 1e30})) as process:
         _, errors = process.communicate(timeout=150)
     assert process.returncode == 1
-    assert read_ledger(run)[0].reason == errors.removeprefix("raybert: error: ").strip()
-    assert "training has diverged" in read_ledger(run)[0].reason
+    assert read_ledger(run)[-1].reason == errors.removeprefix("raybert: error: ").strip()
+    assert "training has diverged" in read_ledger(run)[-1].reason
 
 
 def test_a_damaged_ledger_stops_neither_a_run_nor_its_verification(tmp_path, run, capsys):
