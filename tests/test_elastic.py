@@ -64,17 +64,3 @@ def test_a_killed_run_equals_an_uninterrupted_one_at_two_workers(tmp_path, pace,
     assert 0 < starts[1][1] < 40
     assert assert_exactly_once(tmp_path / "killed", 40, sample_index) == [2] * 40
     assert torch.equal(last_weights(tmp_path / "killed"), last_weights(tmp_path / "whole"))
-
-
-def test_another_ray_on_this_machine_kills_no_worker(tmp_path, pace, sample_index):
-    """A run beside another Ray with a dashboard is one attempt.
-
-    Not yet a proof of `cluster._own_state_api`: this passes without it too, since the cleaner's mistake, seen once on a
-    busy machine, depends on which Ray it happens to find.
-    """
-    with cluster(0, include_dashboard=True):
-        settings = {"training__num_steps": 30, "cluster__num_workers": 1}
-        with running(None, *flags(tmp_path / "run", **settings), pace=pace) as process:
-            finish(process)
-    assert attempts(tmp_path / "run") == [(1, 0)]
-    assert_exactly_once(tmp_path / "run", 30, sample_index)

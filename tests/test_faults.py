@@ -1,6 +1,6 @@
 """Nothing is lost: faults that are put into real runs on real clusters of several raylets.
 
-A few of them here; all, one by one, with `pytest -m nightly tests/test_faults.py`, and a long seeded mixture of them
+One of them with all other tests; all, one by one, with `pytest -m nightly tests/test_faults.py`, and a long seeded mixture of them
 with `python tests/faults.py`.
 """
 
@@ -51,12 +51,8 @@ def check_at_two(directory, fault, sample_index, weights_of_two):
     assert torch.equal(last_weights(stage.run_dir), weights_of_two)
 
 
-def test_a_killed_worker_is_replaced_bitwise(tmp_path, sample_index, weights_of_two):
-    check_at_two(tmp_path, "kill_worker", sample_index, weights_of_two)
-
-
 @pytest.mark.nightly
-@pytest.mark.parametrize("fault", ["replace_node", "kill_during_restore", "kill_during_upload"])
+@pytest.mark.parametrize("fault", ["kill_worker", "replace_node", "kill_during_restore", "kill_during_upload"])
 def test_at_the_same_world_size_every_fault_is_forgotten(fault, tmp_path, sample_index, weights_of_two):
     check_at_two(tmp_path, fault, sample_index, weights_of_two)
 
