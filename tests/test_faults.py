@@ -1,6 +1,6 @@
 """Nothing is lost: faults that are put into real runs on real clusters of several raylets.
 
-One of them with all other tests; all, one by one, with `pytest -m nightly tests/test_faults.py`, and a long seeded mixture of them
+One of them with all other tests; all, one by one, with `pytest -m nightly tests/test_faults.py`, and a long seeded mixture
 with `python tests/faults.py`.
 """
 
