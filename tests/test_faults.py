@@ -1,7 +1,7 @@
 """Nothing is lost: faults that are put into real runs on real clusters of several raylets.
 
-One of them with all other tests; all, one by one, with `pytest -m nightly tests/test_faults.py`, and a long seeded mixture
-with `python tests/faults.py`.
+One of them runs with all other tests; `pytest -m nightly tests/test_faults.py` puts in each by itself, and
+`python tests/faults.py` a long seeded mixture.
 """
 
 import pytest
