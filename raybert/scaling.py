@@ -65,11 +65,14 @@ class Node:
 
 
 def live_nodes() -> dict[str, Node]:
-    """The nodes that Ray takes to be alive, by id."""
-    draining = ray._private.state.state.get_draining_nodes()
+    """The nodes that Ray takes to be alive, by id; none while its head does not answer."""
+    try:
+        draining, rows = ray._private.state.state.get_draining_nodes(), ray.nodes()
+    except RayError:
+        return {}
     return {
         row["NodeID"]: Node(row["NodeID"], row["NodeManagerAddress"], row["NodeManagerPort"], row["NodeID"] in draining)
-        for row in ray.nodes()
+        for row in rows
         if row["Alive"]
     }
 
@@ -191,7 +194,10 @@ class CheckpointedScaling(ElasticScalingPolicy):
 
     def _free_workers(self) -> int:
         """How many workers what nobody uses has room for."""
-        free = room(available_resources_per_node(), self.scaling_config._resources_per_worker_not_none)
+        try:
+            free = room(available_resources_per_node(), self.scaling_config._resources_per_worker_not_none)
+        except RayError:
+            return 0
         return sum(number for node_id, number in free.items() if node_id not in self._avoided)
 
     def _possible_workers(self, nodes: Mapping[str, Node], own: Mapping[str, int]) -> int | None:
@@ -206,13 +212,13 @@ class CheckpointedScaling(ElasticScalingPolicy):
         staying = {node_id for node_id, node in nodes.items() if there[node_id] and not node.is_draining}
         self._avoided = sorted(nodes.keys() - staying)
         try:
-            reserved = self._fresh_reservations()
+            reserved, free = self._fresh_reservations(), available_resources_per_node()
         except RayError:
             return None
         worker = self.scaling_config._resources_per_worker_not_none
         allowed = room(reserved, worker)
         # Another node that nobody uses may stand in for a reserved one that goes.
-        rooms = Counter(own) | Counter(allowed) | Counter(room(available_resources_per_node(), worker))
+        rooms = Counter(own) | Counter(allowed) | Counter(room(free, worker))
         there_is = sum(number for node_id, number in rooms.items() if node_id in staying)
         return min(there_is, sum(allowed.values()), self.scaling_config.max_workers)
 
