@@ -13,10 +13,11 @@ import math
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -33,11 +34,13 @@ from ray.train.v2.api.config import ScalingConfig
 from raybert import hold
 from raybert.events import Event, Tell
 from raybert.lookout import Lookout
+from raybert.spares import ACTORS, ENVIRONMENT, Spares, environment
 
 KNOCK_S = 2.0  # that a node may take to answer
 CALL_S = 5.0  # that Ray's actors may take to answer
 LOOK_S = 2.0  # between two looks at how many workers there is room for while they run
 IDLE_S = 0.2  # between two looks while there is no room; Ray's controller itself would not pause
+CALM_S = 15.0  # after the start of a group, which has other things to do until it trains
 SETTLE_S = 5.0  # that a run which begins waits for more nodes than it needs at least, once they stop coming
 RELEASE_S = 3.0  # that what workers held may take to be free after their end
 ASK_AGAIN_S = 2.0  # after a checkpoint that was asked for could not be written
@@ -63,6 +66,11 @@ class Node:
     port: int
     is_draining: bool
 
+    @property
+    def place(self) -> str:
+        """host:port of its raylet."""
+        return f"{self.address}:{self.port}"
+
 
 def live_nodes() -> dict[str, Node]:
     """The nodes that Ray takes to be alive, by id; none while its head does not answer."""
@@ -75,6 +83,12 @@ def live_nodes() -> dict[str, Node]:
         for row in rows
         if row["Alive"]
     }
+
+
+def own_node() -> str:
+    """Id of the node that this process is on."""
+    node_id: str = ray.get_runtime_context().get_node_id()
+    return node_id
 
 
 def answers(node: Node) -> bool:
@@ -119,13 +133,17 @@ class Persistence:
 class CheckpointedScaling(ElasticScalingPolicy):
     """Starts on nodes that answer, leaves nodes that are about to go, and grows or shrinks right after a checkpoint."""
 
-    def __init__(self, scaling_config: ScalingConfig, tell: Tell, hang_timeout_s: float) -> None:
+    def __init__(self, scaling_config: ScalingConfig, tell: Tell, hang_timeout_s: float, keeps_spares: bool) -> None:
         """Args:
         scaling_config: smallest and largest number of workers; a wish for another number must last its
             `elastic_resize_monitor_interval_s` before it is followed.
         tell: takes events to the driver.
+        hang_timeout_s: after which a worker that does not answer is killed.
+        keeps_spares: whether processes wait for the next group of workers.
         """
         super().__init__(scaling_config)
+        self._keeps_spares, self._spares = keeps_spares, Spares()
+        self._environment: str | None = None
         self._tell = tell
         self._lookout = Lookout(tell, hang_timeout_s)
         self._avoided: list[str] = []
@@ -138,6 +156,7 @@ class CheckpointedScaling(ElasticScalingPolicy):
         self._wishes = Persistence()
         self._looked_at_s = self._asked_at_s = -math.inf
         self._possible: int | None = None
+        self._rooms: dict[str, int] = {}
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """As many workers as there is room for now."""
@@ -161,6 +180,8 @@ class CheckpointedScaling(ElasticScalingPolicy):
         self._maybe_send_resource_request()  # type: ignore[no-untyped-call]
         if group.start_time != self._started_at_s:
             self._begin(group.start_time)
+            if self._keeps_spares:
+                self._use_spares(live_nodes(), group.workers)
         self._lookout.look(group.workers)
         nodes = live_nodes()
         is_leaving = any(
@@ -171,6 +192,8 @@ class CheckpointedScaling(ElasticScalingPolicy):
             self._possible, self._looked_at_s = self._possible_workers(nodes, own), time.monotonic()
         number = size if self._possible is None else self._possible
         lasts_s = self._wishes.held_s(number)
+        if self._keeps_spares and (number != size or time.monotonic() - group.start_time >= CALM_S):
+            self._keep_spares(nodes)
         is_wanted = is_leaving or (number != size and lasts_s >= self.scaling_config.elastic_resize_monitor_interval_s)
         if not is_wanted or number < self.scaling_config.min_workers:
             self._take_back(first)
@@ -219,7 +242,8 @@ class CheckpointedScaling(ElasticScalingPolicy):
         allowed = room(reserved, worker)
         # Another node that nobody uses may stand in for a reserved one that goes.
         rooms = Counter(own) | Counter(allowed) | Counter(room(free, worker))
-        there_is = sum(number for node_id, number in rooms.items() if node_id in staying)
+        self._rooms = {node_id: number for node_id, number in rooms.items() if node_id in staying}
+        there_is = sum(self._rooms.values())
         return min(there_is, sum(allowed.values()), self.scaling_config.max_workers)
 
     def _fresh_reservations(self) -> dict[str, Resources]:
@@ -227,6 +251,25 @@ class CheckpointedScaling(ElasticScalingPolicy):
         reply: Any = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
         reserved: dict[str, Resources] = ray.get(reply, timeout=CALL_S)
         return reserved
+
+    def _use_spares(self, nodes: Mapping[str, Node], workers: Sequence[Worker]) -> None:
+        """Note that a group has started, where processes waited for it."""
+        own, self._environment = nodes.get(own_node()), _called(workers[0], environment) or self._environment
+        for worker in workers:
+            node = nodes.get(worker.metadata.node_id)
+            if node and self._environment:
+                self._spares.use(node.place, self._environment, 1)
+        if own:
+            self._spares.use(own.place, environment(), ACTORS)
+
+    def _keep_spares(self, nodes: Mapping[str, Node]) -> None:
+        """Have processes wait wherever the next group may start."""
+        own = nodes.get(own_node())
+        if own:
+            self._spares.keep(own.place, environment(), ACTORS)
+        for node_id, number in self._rooms.items():
+            if node_id in nodes and self._environment:
+                self._spares.keep(nodes[node_id].place, self._environment, number)
 
     def _is_held(self, first: Worker) -> bool:
         """Whether rank 0 waits to be ended, its checkpoint complete; it is asked to where that is not under way."""
@@ -256,13 +299,23 @@ def _called(worker: Worker, function: Callable[[], T]) -> T | None:
 class ElasticTrainer(TorchTrainer):
     """Ray's trainer, with this module's policy in the place of Ray's: the one seam."""
 
-    def __init__(self, *arguments: Any, tell: Tell, hang_timeout_s: float, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._tell, self._hang_timeout_s = tell, hang_timeout_s
+    def __init__(
+        self,
+        *arguments: Any,
+        run_config: Any,
+        tell: Tell,
+        hang_timeout_s: float,
+        keeps_spares: bool,
+        **named: Any,
+    ) -> None:
+        if keeps_spares:
+            run_config.worker_runtime_env = ENVIRONMENT
+        super().__init__(*arguments, run_config=run_config, **named)
+        self._policy = partial(CheckpointedScaling, tell=tell, hang_timeout_s=hang_timeout_s, keeps_spares=keeps_spares)
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         scaling: Any = self.scaling_config
-        arguments["scaling_policy"] = CheckpointedScaling(scaling, self._tell, self._hang_timeout_s)
+        arguments["scaling_policy"] = self._policy(scaling)
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 

@@ -8,9 +8,9 @@ import torch
 from nodes import free_ports
 from ranks import run_ranks
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2.api.config import RunConfig, ScalingConfig
 
-from raybert import launch, scaling
+from raybert import launch, scaling, spares
 from raybert.config import ClusterConfig
 from raybert.hold import Hold
 from raybert.scaling import CheckpointedScaling, ElasticTrainer, Node, Persistence, answers, missing, room
@@ -22,14 +22,18 @@ def test_the_installed_ray_has_what_scaling_needs():
     assert not CheckpointedScaling.__abstractmethods__
 
 
-def test_our_policy_takes_the_place_of_rays(monkeypatch):
+@pytest.mark.parametrize("keeps_spares", [True, False])
+def test_our_policy_takes_the_place_of_rays(keeps_spares, monkeypatch):
     """Through the seam as Ray calls it, up to where Ray would start its controller."""
     given = {}
     monkeypatch.setattr(TorchTrainer, scaling.SEAM, lambda self, **arguments: given.update(arguments))
-    trainer = ElasticTrainer(print, scaling_config=ScalingConfig(num_workers=(1, 2)), tell=print, hang_timeout_s=60)
+    run = RunConfig(worker_runtime_env={})
+    settings = {"tell": print, "hang_timeout_s": 60, "keeps_spares": keeps_spares}
+    trainer = ElasticTrainer(print, scaling_config=ScalingConfig(num_workers=(1, 2)), run_config=run, **settings)
     trainer._initialize_and_run_controller(scaling_policy="Ray's", train_fn_ref="kept")
     assert isinstance(given["scaling_policy"], CheckpointedScaling)
     assert given["train_fn_ref"] == "kept"
+    assert trainer.run_config.worker_runtime_env == (spares.ENVIRONMENT if keeps_spares else {})
 
 
 def test_without_the_seam_rays_policy_is_used_and_said(monkeypatch):
