@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
 import torch
@@ -21,6 +22,8 @@ from raybert.loss import Sums
 from raybert.optim import learning_rate
 from raybert.progress import COMPUTE, FEED, reached
 from raybert.step import StepResult, TrainState, pass_over, train_step
+from raybert.stopwatch import Mark, mark, seconds_between
+from raybert.straggler import Pace, Stragglers
 from raybert.world import World
 
 
@@ -52,40 +55,51 @@ class Meter:
         world: of the ranks that are measured.
         global_batch_size: samples of a step.
         peak_flops: operations a second that this rank's device can do; NaN if not known.
+        sums: of all ranks, over the steps that made an update.
     """
 
     world: World
     global_batch_size: int
     peak_flops: float
-    sums: Sums
+    sums: Sums = field(default_factory=Sums.zero)
+    is_warm: bool = False
     num_steps: int = 0
     num_tokens: int = 0
     flops: int = 0
     wait_s: float = 0.0
+    waits_s: list[float] = field(default_factory=list)
+    computed: list[tuple[Mark, Mark]] = field(default_factory=list)
     started_at_s: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def start(cls, world: World, training: TrainingConfig) -> Meter:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
         peak = peak_flops(name, training.precision)
-        return cls(world, training.global_batch_size, math.nan if peak is None else peak, Sums.zero(world.device))
+        return cls(world, training.global_batch_size, math.nan if peak is None else peak)
 
-    def add(self, result: StepResult, wait_s: float) -> None:
-        """Count a step whose batch was waited for `wait_s`; its loss only if it made an update."""
-        self.sums += Sums(torch.where(result.skipped, 0.0, result.sums.values))
+    def add(self, result: StepResult, wait_s: float, arrived: Mark) -> None:
+        """Count a step of this rank, whose batch was waited for `wait_s` and arrived then."""
         self.num_steps += 1
         self.num_tokens += result.num_tokens
         self.flops += result.flops
         self.wait_s += wait_s
+        if self.is_warm:  # the first batch waits for the feed to start, and kernels are chosen in the first step
+            self.waits_s.append(wait_s)
+            if result.averaging is not None:
+                self.computed.append((arrived, result.averaging))
+        self.is_warm = True
 
-    def drain(self, newest: StepResult) -> dict[str, float]:
-        """Metrics over all ranks since the last drain, which every rank must call; then starts over."""
-        counts = [self.num_tokens, self.flops, self.peak_flops, self.wait_s]
-        counted = torch.tensor(counts, dtype=torch.float64, device=self.world.device)
-        *sums, num_tokens, flops, peak, wait_s = self.world.sum(torch.cat([self.sums.values, counted])).tolist()
+    def drain(self, newest: StepResult) -> tuple[dict[str, float], list[Pace]]:
+        """Metrics over all ranks since the last drain, and each rank's pace; every rank must call it. Then starts over.
+
+        The device must have done the steps, as it has once they were judged.
+        """
+        counts = [self.num_tokens, self.flops, self.peak_flops, self.wait_s, *astuple(self._pace())]
+        ranks = self.world.gather(torch.tensor(counts, dtype=torch.float64, device=self.world.device)).tolist()
+        num_tokens, flops, peak, wait_s, *_ = map(sum, zip(*ranks, strict=True))
         elapsed_s = time.perf_counter() - self.started_at_s
-        metrics = Sums(torch.tensor(sums, dtype=torch.float64)).metrics()
-        if not sums[1]:  # no step made an update
+        metrics = self.sums.metrics()
+        if not self.sums.values[1]:  # no step made an update
             metrics = dict.fromkeys(metrics, math.nan)
         metrics["training_loss"] = metrics.pop("loss")
         metrics |= {
@@ -98,9 +112,18 @@ class Meter:
         }
         if math.isfinite(peak):
             metrics["mfu"] = flops / elapsed_s / peak
-        self.sums, self.num_steps, self.num_tokens, self.flops = Sums.zero(self.world.device), 0, 0, 0
+        self.sums, self.num_steps, self.num_tokens, self.flops = Sums.zero(), 0, 0, 0
+        self.waits_s, self.computed = [], []
         self.wait_s, self.started_at_s = 0.0, time.perf_counter()
-        return metrics
+        return metrics, [Pace(*counts[-2:]) for counts in ranks]
+
+    def _pace(self) -> Pace:
+        """This rank's; NaN where no step tells it."""
+        computes_s = [seconds_between(*marks) for marks in self.computed]
+        return Pace(
+            statistics.median(computes_s) if computes_s else math.nan,
+            statistics.fmean(self.waits_s) if self.waits_s else math.nan,
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -142,12 +165,13 @@ def train(
         FeedError: what arrived is not what the sample order says.
     """
     meter, trail, result = Meter.start(world, config.training), Trail(world, attempt), Result()
-    watch = Watch(world, config)
+    watch, stragglers = Watch(world, config), Stragglers(world.hosts())
     for wait_s, batch in _timed(batches, state):
+        arrived = mark(world.device)
         is_hold_asked = world.any(observer is not None and observer.is_asked_to_hold())
         reason = barred.get(batch.step)
         outcome = pass_over(state, world) if reason else _train_step(state, batch, config, world)
-        meter.add(outcome, wait_s)
+        meter.add(outcome, wait_s, arrived)
         trail.add(batch, outcome, reason)
         watch.add(batch.step, outcome, reason is not None)
         is_hold = is_hold_asked()
@@ -155,11 +179,14 @@ def train(
         is_logged = is_due(state.step, config.training.log_every_steps) or is_last
         is_saved = is_due(state.step, config.checkpoint.every_steps) or is_hold or is_last
         if is_logged or is_saved:
-            watch.look(observer)
+            meter.sums += watch.look(observer)
         if is_logged:
-            result.train = meter.drain(outcome) | _standing(state, config)
+            metrics, paces = meter.drain(outcome)
+            result.train = metrics | _standing(state, config)
             if observer:
                 observer.train_metrics(state.step, result.train)
+                for text in stragglers.judge(paces, time.monotonic()):
+                    observer.warn(text)
         if evaluate and (is_due(state.step, config.evaluation.every_steps) or is_last):
             with meter.paused():
                 result.evaluation = evaluate()
@@ -235,16 +262,17 @@ class Watch:
         self._losses.append(result.sums.values)
         self._skipped.append(result.skipped)
 
-    def look(self, observer: Observer | None) -> None:
-        """Judge the steps since the last look, which every rank must do.
+    def look(self, observer: Observer | None) -> Sums:
+        """Judge the steps since the last look, which every rank must do; the sums of those that made an update.
 
         Raises:
             RollbackError: on all ranks alike.
         """
         if not self._steps:
-            return
+            return Sums.zero()
         sums = self._world.sum(torch.stack(self._losses)).cpu()
-        rows = zip(self._steps, sums, torch.stack(self._skipped).tolist(), strict=True)
+        skipped = torch.stack(self._skipped).cpu()
+        rows = zip(self._steps, sums, skipped.tolist(), strict=True)
         judged = [
             Judged(step, None if is_barred else Sums(values).metrics()["loss"], not was_skipped)
             for (step, is_barred), values, was_skipped in rows
@@ -255,6 +283,7 @@ class Watch:
                 if step.loss is not None and not step.is_finite:
                     observer.warn(f"{spelt(step.step, step.step + 1)} made no update: {NON_FINITE}.")
         self._guard.judge(judged)
+        return Sums(sums[~skipped].sum(dim=0))
 
 
 class Trail:
@@ -275,14 +304,14 @@ class Trail:
         self._reasons.append(reason or NON_FINITE)
 
     def drain(self) -> list[StepRecord]:
-        """The records of all ranks, which every rank must ask for; then starts over."""
+        """The records of all ranks, for rank 0 alone, though every rank must ask for them; then starts over."""
         if not self._arrived:
             return []
         mine = torch.tensor(self._arrived, dtype=torch.int64, device=self._world.device)
-        ranks = self._world.gather(mine).tolist()
-        skipped = torch.stack(self._skipped).tolist()
-        reasons = self._reasons
+        ranks, skipped, reasons = self._world.gather(mine), self._skipped, self._reasons
         self._arrived, self._skipped, self._reasons = [], [], []
+        if not self._world.is_first:
+            return []
         return [
             StepRecord(
                 step=steps[0][0],
@@ -290,5 +319,5 @@ class Trail:
                 arrivals=tuple(Arrival(*arrival) for _, *arrival in steps),
                 skipped=reason if was_skipped else None,
             )
-            for *steps, was_skipped, reason in zip(*ranks, skipped, reasons, strict=True)
+            for *steps, was_skipped, reason in zip(*ranks.tolist(), torch.stack(skipped).tolist(), reasons, strict=True)
         ]

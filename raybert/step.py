@@ -18,6 +18,7 @@ from raybert.model import BertForPreTraining
 from raybert.optim import build_optimizer, clip_gradients, learning_rate, update
 from raybert.order import rank_slice
 from raybert.progress import AVERAGE, reached
+from raybert.stopwatch import Mark, mark
 from raybert.world import World, without_sync
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,6 +55,7 @@ class StepResult:
         skipped: 0-d bool, whether the update was skipped; the same on all ranks.
         num_tokens: real tokens of this rank's slice.
         flops: operations that the model needs for it.
+        averaging: when the backward began that averages gradients over ranks; None where nothing was computed.
     """
 
     sums: Sums
@@ -61,6 +63,7 @@ class StepResult:
     skipped: torch.Tensor
     num_tokens: int
     flops: int
+    averaging: Mark | None = None
 
 
 def create_state(model: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig, world: World) -> TrainState:
@@ -84,7 +87,7 @@ def train_step(
 
     A gradient that is not finite makes none. It is the global gradient, so all ranks know alike.
     """
-    sums = _backward(state, batch, training, world)
+    sums, averaging = _backward(state, batch, training, world)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, optimizer, training.num_steps)
     state.scaler.unscale_(state.optimizer)
@@ -98,7 +101,7 @@ def train_step(
     lengths = batch.features["input_mask"].sum(axis=1)
     num_masked = int(np.count_nonzero(batch.features["masked_lm_weights"]))
     flops = training_flops(state.model.config, state.model.use_next_sentence, lengths, num_masked)
-    return StepResult(sums, grad_norm, skipped, int(lengths.sum()), flops)
+    return StepResult(sums, grad_norm, skipped, int(lengths.sum()), flops, averaging)
 
 
 def pass_over(state: TrainState, world: World) -> StepResult:
@@ -109,11 +112,11 @@ def pass_over(state: TrainState, world: World) -> StepResult:
     return StepResult(Sums.zero(world.device), nothing, nothing.isnan(), 0, 0)
 
 
-def _backward(state: TrainState, batch: RankBatch, training: TrainingConfig, world: World) -> Sums:
-    """Accumulate the gradients of this rank's slice; the last micro-batch averages them over ranks."""
+def _backward(state: TrainState, batch: RankBatch, training: TrainingConfig, world: World) -> tuple[Sums, Mark]:
+    """Accumulate gradients of this rank's slice; the last micro-batch averages them over ranks, from the mark on."""
     place = rank_slice(training.global_batch_size, world.rank, world.size).start
     parts = list(micro_batches(batch.features, training.micro_batch_size))
-    total = Sums.zero(world.device)
+    total, averaging = Sums.zero(world.device), mark(world.device)
     for number, (start, part) in enumerate(parts):
         # Random numbers belong to the place in the global batch, so that nothing random has to be saved.
         torch.manual_seed(_random_seed(training.seed, batch.step, place + start))
@@ -124,9 +127,10 @@ def _backward(state: TrainState, batch: RankBatch, training: TrainingConfig, wor
             loss = total_loss(sums, batch.global_weight, training.global_batch_size, world.size)
             if last:
                 reached(batch.step, AVERAGE)
+                averaging = mark(world.device)
             state.scaler.scale(loss).backward()
         total += sums.detach()
-    return total
+    return total, averaging
 
 
 def forward(model: nn.Module, batch: MicroBatch) -> Sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 CPU = torch.device("cpu")
+HOST_BYTES = 64  # of a name, which POSIX does not let be longer
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,26 @@ class World:
         return total
 
     def any(self, mine: bool) -> Callable[[], bool]:
-        """Ask whether any rank says yes, which every rank must ask; the answer is ready when it is called for.
+        """Ask whether any rank says yes, which every rank must ask; see `vote`."""
+        answers = self.vote(mine)
+        return lambda: answers()[0]
 
-        What is done between asking and calling hides the time that the messages take.
+    def vote(self, *mine: bool) -> Callable[[], list[bool]]:
+        """Ask for each of some questions whether any rank says yes; every rank must ask as many.
+
+        The answers are ready when they are called for: what is done between hides the time that the messages take.
         """
         if self.size == 1:
-            return lambda: mine
-        votes = torch.tensor([int(mine)])
+            return lambda: list(mine)
+        votes = torch.tensor(mine, dtype=torch.int64)
         work = dist.all_reduce(votes, dist.ReduceOp.MAX, self.control, async_op=True)
         assert work is not None
 
-        def answer() -> bool:
+        def answers() -> list[bool]:
             work.wait()
-            return bool(votes)
+            return [bool(vote) for vote in votes]
 
-        return answer
+        return answers
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """[size, ...] a tensor of the same shape from every rank, in rank order."""
@@ -80,6 +87,12 @@ class World:
         parts = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(parts, values)
         return torch.stack(parts)
+
+    def hosts(self) -> list[str]:
+        """The host of every rank, in rank order; all ranks call it."""
+        name = socket.gethostname().encode()[:HOST_BYTES].ljust(HOST_BYTES, b"\0")
+        names = self.gather(torch.tensor(list(name), dtype=torch.uint8, device=self.device)).tolist()
+        return [bytes(name).rstrip(b"\0").decode(errors="replace") for name in names]
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over ranks in every backward; the model itself in a world of one."""

@@ -111,10 +111,10 @@ def metrics_of(world, peaks):
     result = StepResult(Sums(torch.ones(6, dtype=torch.float64)), torch.ones(()), torch.tensor(False), 10, 5000)
     drained = []
     for _ in range(2):
-        meter.add(result, 0.0)
-        meter.add(result, 0.0)
+        meter.add(result, 0.0, 0.0)
+        meter.add(result, 0.0, 0.0)
         meter.started_at_s -= 1000
-        drained.append(meter.drain(result))
+        drained.append(meter.drain(result)[0])
     return drained
 
 
