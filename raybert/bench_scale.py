@@ -30,7 +30,7 @@ from ray.train.v2.api.config import RunConfig, ScalingConfig
 from raybert import cluster, ingest
 from raybert.bench_data import batches_in_memory, build_index
 from raybert.checkpoint import Writer, find_checkpoints, host_copy, newest_checkpoint, open_checkpoint, restore
-from raybert.config import CheckpointConfig, Config
+from raybert.config import Config
 from raybert.feed import MIN_BLOCK_ROWS, Layout, RankBatch, rank_batches
 from raybert.figure import Figure, measured
 from raybert.history import begin_attempt, to_lines
@@ -46,7 +46,7 @@ from raybert.world import CPU, World
 
 PART = "scale"
 RANK_SAMPLES = 32  # of a rank slice
-CHECKPOINT_STEPS = CheckpointConfig().every_steps
+CHECKPOINT_STEPS = 1000  # between two
 ORDER_SAMPLES = (10**6, 10**8, 10**9)
 
 

@@ -353,6 +353,11 @@ class Saver:
         """Whether storage has refused a checkpoint and taken none since."""
         return self._outage.is_on
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written, and storage has not refused it."""
+        return self._thread is not None and not self.is_failing
+
     def is_saved(self, step: int) -> bool:
         """Whether the newest complete checkpoint of this attempt is that of a step."""
         return self._parent == checkpoint_name(step, self._writer.attempt)

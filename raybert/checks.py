@@ -71,8 +71,8 @@ def _check_paths(config: Config) -> None:
         )
 
 
-def _check_smallest(name: str, value: int | None, smallest: int) -> None:
-    if value is not None and value < smallest:
+def _check_smallest(name: str, value: int | str | None, smallest: int) -> None:
+    if isinstance(value, int) and value < smallest:
         raise UserError(f"{name} must be at least {smallest}, got {name}={value}; raise it.")
 
 

@@ -102,8 +102,8 @@ class TrainingConfig:
 class CheckpointConfig:
     """When the run is saved."""
 
-    every_steps: int = 1000
-    """Steps between two checkpoints; one more is saved at the end."""
+    every_steps: int | Literal["auto"] = 1000
+    """Steps between two checkpoints; one more is saved at the end. auto: what wastes least by measurement."""
     keep: int = 3
     """Newest checkpoints that are kept; 0 keeps all."""
     outage_limit_s: float = 1800.0

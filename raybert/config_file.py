@@ -173,9 +173,10 @@ def _has_type(value: object, hint: Any) -> bool:
 
 
 def describe_type(hint: Any) -> str:
-    """A type in a user's words: 'int', 'true or false', 'str or null', 'one of fp32, bf16, fp16'."""
+    """A type in a user's words: 'int', 'true or false', 'str or null', 'int or auto', 'one of fp32, bf16, fp16'."""
     if get_origin(hint) is Literal:
-        return f"one of {', '.join(get_args(hint))}"
+        values = get_args(hint)
+        return f"one of {', '.join(values)}" if len(values) > 1 else str(values[0])
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(describe_type(option) for option in get_args(hint))
     return "true or false" if hint is bool else "null" if hint is type(None) else str(hint.__name__)

@@ -56,7 +56,7 @@ class Display:
             self.line(f"warning: {event.text}", "yellow")
         elif event.kind == "failure":
             self.warn(f"attempt failed, {event.text}; the next begins at the newest checkpoint.")
-        elif event.kind == "resize":
+        elif event.kind in ("resize", "note"):
             self.line(event.text)
         else:
             self._committed = (time.monotonic(), event.step)

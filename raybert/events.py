@@ -12,15 +12,16 @@ class Event:
     """Something that happened.
 
     Args:
-        kind: "attempt" began, "train" metrics, "eval" metrics, a "checkpoint" is complete, a "warning", a "resize" is
-            about to end the attempt, a "failure" has ended it and the next one will begin.
+        kind: "attempt" began, "train" metrics, "eval" metrics, a "checkpoint" is complete, a "warning" or a
+            "note" for a person, a "resize" is about to end the attempt, a "failure" has ended it and the next one will
+            begin.
         step: global batches consumed.
         text: for a person; a checkpoint's name; why an attempt ends.
         metrics: of "train" and "eval"; of "attempt" its number and world size.
         attempt: number of the attempt that "train" and "checkpoint" are of: one that was cut off may still speak.
     """
 
-    kind: Literal["attempt", "train", "eval", "checkpoint", "warning", "resize", "failure"]
+    kind: Literal["attempt", "train", "eval", "checkpoint", "warning", "note", "resize", "failure"]
     step: int = 0
     text: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)

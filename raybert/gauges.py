@@ -73,7 +73,7 @@ class Gauges:
         self._counters = {
             name: Counter(PREFIX + name, text, ("run",)).set_default_tags(label) for name, text in COUNTERS.items()
         }
-        self._saves = config.checkpoint.every_steps > 0
+        self._saves = config.checkpoint.every_steps != 0
         self.values: dict[str, float] = {
             "num_steps": config.training.num_steps,
             "max_world_size": config.cluster.worker_range()[1],

@@ -56,7 +56,8 @@ def run(config: Config, verbose: bool = False) -> int:
     config = preflight.resolve(config)
     cluster.check_gpus(config.cluster)
     run_dir = Directory(config.run_dir)
-    shown = Display(config.training.num_steps, save_every_steps=config.checkpoint.every_steps)
+    every_steps = config.checkpoint.every_steps
+    shown = Display(config.training.num_steps, save_every_steps=0 if every_steps == "auto" else every_steps)
     with shown as display, _terminable() as received:
         try:
             preflight.check_run_dir(run_dir, display.warn)

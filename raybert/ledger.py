@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from raybert.storage import Directory
 LEDGER, SUMMARY = "ledger", "summary.json"
 WRITE_EVERY_S = 10.0
 FINISHED, INTERRUPTED, DRIVER_LOST = "finished", "interrupted", "driver lost"
+_RESIZE = re.compile(r": from \d+ to \d+ workers$")  # ends the reason of every planned one
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Entry:
     def stopped_at_s(self) -> float:
         """When it ended, or was last seen."""
         return self.seen_at_s if self.ended_at_s is None else self.ended_at_s
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether it ended, and neither at the last step nor by a planned resize."""
+        return self.reason not in (None, FINISHED) and not _RESIZE.search(str(self.reason))
 
 
 def progressed(entry: Entry, event: Event, global_batch_size: int, now_s: float) -> Entry:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from raybert.cadence import Cadence, Past
 from raybert.config import Config, TrainingConfig
 from raybert.feed import RankBatch
 from raybert.flops import peak_flops
@@ -33,9 +34,12 @@ class Observer(Protocol):
     def train_metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def eval_metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def is_asked_to_hold(self) -> bool: ...
+    def is_writing(self) -> bool: ...
+    def past(self) -> Past: ...
     def save(self, state: TrainState, records: list[StepRecord]) -> None: ...
     def save_and_hold(self, state: TrainState, records: list[StepRecord]) -> None: ...
     def warn(self, text: str) -> None: ...
+    def say(self, text: str) -> None: ...
 
 
 @dataclass
@@ -166,18 +170,19 @@ def train(
     """
     meter, trail, result = Meter.start(world, config.training), Trail(world, attempt), Result()
     watch, stragglers = Watch(world, config), Stragglers(world.hosts())
+    cadence = _cadence(config, world, observer) if observer else None
     for wait_s, batch in _timed(batches, state):
         arrived = mark(world.device)
-        is_hold_asked = world.any(observer is not None and observer.is_asked_to_hold())
+        answers = world.vote(*_wishes(batch.step, cadence, observer))
         reason = barred.get(batch.step)
         outcome = pass_over(state, world) if reason else _train_step(state, batch, config, world)
         meter.add(outcome, wait_s, arrived)
         trail.add(batch, outcome, reason)
         watch.add(batch.step, outcome, reason is not None)
-        is_hold = is_hold_asked()
+        is_hold, is_due_to_save = answers()
         is_last = state.step == config.training.num_steps
         is_logged = is_due(state.step, config.training.log_every_steps) or is_last
-        is_saved = is_due(state.step, config.checkpoint.every_steps) or is_hold or is_last
+        is_saved = is_due_to_save or is_hold or is_last
         if is_logged or is_saved:
             meter.sums += watch.look(observer)
         if is_logged:
@@ -195,6 +200,7 @@ def train(
         if is_last:
             _check_weights(state)
         elif is_saved and watch.is_calm:
+            stopped_at_s = time.perf_counter()  # the device is idle since the guard has looked
             _check_weights(state)
             records = trail.drain()
             if observer and is_hold:  # the others meet it, or their end, in the next step
@@ -202,8 +208,22 @@ def train(
                     observer.save_and_hold(state, records)
             elif observer:
                 observer.save(state, records)
+            if cadence:
+                cadence.saved(state.step, None if is_hold else time.perf_counter() - stopped_at_s)
     result.records = trail.drain()
     return result
+
+
+def _cadence(config: Config, world: World, observer: Observer) -> Cadence:
+    every_steps = config.checkpoint.every_steps
+    return Cadence(every_steps, observer.past() if every_steps == "auto" else Past(), world.size, observer.say)
+
+
+def _wishes(step: int, cadence: Cadence | None, observer: Observer | None) -> tuple[bool, bool]:
+    """Whether rank 0 is asked to hold, and whether a checkpoint is due, after this step; it alone knows."""
+    if cadence is None or observer is None:
+        return False, False
+    return observer.is_asked_to_hold(), cadence.is_due(step + 1, observer.is_writing())
 
 
 def _timed(batches: Iterable[RankBatch], state: TrainState) -> Iterator[tuple[float, RankBatch]]:

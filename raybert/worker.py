@@ -19,6 +19,7 @@ import torch
 from ray.train.torch import get_device
 
 from raybert import ingest
+from raybert.cadence import Past, past
 from raybert.checkpoint import Saver, Writer, newest_checkpoint, open_checkpoint, place, restore
 from raybert.config import Config
 from raybert.errors import UserError
@@ -30,6 +31,7 @@ from raybert.guard import RollbackError, bar, check_rollbacks, read_barred, reas
 from raybert.history import Attempt, StepRecord, begin_attempt, newest_attempt
 from raybert.hold import HOLD, HOLD_S
 from raybert.index import Index
+from raybert.ledger import read_ledger
 from raybert.loop import train
 from raybert.order import SampleOrder
 from raybert.pretrained import load_pretrained
@@ -203,6 +205,7 @@ class Recorder:
         scratch: a local directory that lives as long as this.
         """
         self._tell, self._num_steps, self._attempt = job.tell, job.config.training.num_steps, attempt.number
+        self._run = job.run
         self._telemetry = Telemetry(job.run, attempt.start_step, scratch)
         vocab_file, config = outlast_blip(lambda: _local_vocabulary(job.run, scratch)), job.config.checkpoint
         writer = Writer(job.run, attempt.number, job.config.model, vocab_file, job.identity, config.keep)
@@ -225,6 +228,17 @@ class Recorder:
     def is_asked_to_hold(self) -> bool:
         """Whether the one who is about to end this attempt asks for a checkpoint first; not while there can be none."""
         return HOLD.state == "asked" and not self._saver.is_failing
+
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._saver.is_writing
+
+    def past(self) -> Past:
+        """What the run has lived through, as far as its ledger can be read."""
+        try:
+            return past(read_ledger(self._run))
+        except (OSError, ValueError):  # the driver warns of that
+            return Past()
 
     def save_and_hold(self, state: TrainState, records: list[StepRecord]) -> None:
         """Save a checkpoint now; once it is complete, wait for the end that it was asked for."""
@@ -268,6 +282,10 @@ class Recorder:
     def warn(self, text: str) -> None:
         """Warn the person who watches."""
         self._tell(Event("warning", text=text))
+
+    def say(self, text: str) -> None:
+        """Tell the person who watches."""
+        self._tell(Event("note", text=text))
 
 
 def _local_vocabulary(run: Directory, scratch: Path) -> Path | None:

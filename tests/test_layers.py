@@ -24,7 +24,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
     ),
     ("checks", "config_file", "crc", "display", "flops", "model_garden", "storage"),
     ("compression", "history", "ledger"),
-    ("guard", "tfrecord"),
+    ("cadence", "guard", "tfrecord"),
     ("example",),
     ("index",),
     ("feed",),

@@ -12,6 +12,7 @@ from helpers import TINY_MODEL, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from raybert.batch import micro_batch
+from raybert.cadence import Past
 from raybert.evaluate import evaluate, unigram_loss
 from raybert.feed import Layout, local_batches
 from raybert.flops import training_flops
@@ -51,6 +52,8 @@ class Observed:
     evaluation: list = field(default_factory=list)
     saved: list = field(default_factory=list)
     warnings: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+    lived: Past = field(default_factory=Past)
 
     def train_metrics(self, step, metrics):
         self.train.append((step, dict(metrics)))
@@ -64,8 +67,17 @@ class Observed:
     def is_asked_to_hold(self):
         return False
 
+    def is_writing(self):
+        return False
+
+    def past(self):
+        return self.lived
+
     def warn(self, text):
         self.warnings.append(text)
+
+    def say(self, text):
+        self.notes.append(text)
 
 
 def run_loop(index, start_step=0, with_evaluation=True, **overrides):
