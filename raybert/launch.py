@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -36,6 +36,7 @@ from raybert.guard import RollbackError
 from raybert.index import INDEX, Index, Shard, check_shards, index_shard, write_list
 from raybert.ledger import Ledger, lines, read_ledger, summarize
 from raybert.retry import outlast_blip
+from raybert.starts import PatientTorchConfig
 from raybert.storage import Directory, File, find_files, local_file, open_input
 from raybert.telemetry import EVAL, read_metrics
 from raybert.worker import VOCABULARY, Begin, Job, train_ray_worker, train_worker
@@ -340,7 +341,7 @@ def _trainer(job: Job, scratch: str, post: Post, warn: Callable[[str], None]) ->
     )
     return _trainer_class(config.cluster, post, warn)(
         partial(train_ray_worker, remote),
-        torch_config=TorchConfig(timeout_s=int(config.cluster.collective_timeout_s)),
+        torch_config=PatientTorchConfig(timeout_s=int(config.cluster.collective_timeout_s), tell=post),
         scaling_config=scaling,
         run_config=run,
         datasets={ingest.TRAIN: ingest.placeholder()},
