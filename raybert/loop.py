@@ -124,6 +124,7 @@ def train(
     barred: Mapping[int, str],
     evaluate: Callable[[], dict[str, float]] | None,
     observer: Observer | None,
+    snapshot: Callable[[TrainState, list[StepRecord]], None] | None = None,
 ) -> Result:
     """Train until num_steps; all ranks call it.
 
@@ -136,6 +137,8 @@ def train(
         barred: steps that are consumed without an update, and why.
         evaluate: metrics over the held-out set, called by all ranks at the same steps.
         observer: what rank 0 does with metrics and checkpoints; None on other ranks.
+        snapshot: called by all ranks every `checkpoint.snapshot_every_steps`; with the records since the last save or
+            snapshot, which it hands to the next save. None: there are none.
 
     Raises:
         RollbackError: the guard gave an alarm, at the same step on all ranks.
@@ -154,7 +157,8 @@ def train(
         is_last = state.step == config.training.num_steps
         is_logged = is_due(state.step, config.training.log_every_steps) or is_last
         is_saved = is_due(state.step, config.checkpoint.every_steps) or is_hold or is_last
-        if is_logged or is_saved:
+        is_snapshot = snapshot is not None and is_due(state.step, config.checkpoint.snapshot_every_steps)
+        if is_logged or is_saved or is_snapshot:
             watch.look(observer)
         if is_logged:
             result.train = meter.drain(outcome) | _standing(state, config)
@@ -175,6 +179,9 @@ def train(
                     observer.save_and_hold(state, records)
             elif observer:
                 observer.save(state, records)
+        elif snapshot is not None and is_snapshot and watch.is_calm:
+            _check_weights(state)
+            snapshot(state, trail.drain())
     result.records = trail.drain()
     return result
 
