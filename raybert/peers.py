@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raybert.checkpoint import HostCopy, bring, host_copy, place
@@ -177,8 +177,8 @@ class Holder:
             checksum: of its parcel.
             boxed: a reference to the parcel, which dies with the worker: so it is put once more, as this one's.
         """
-        own = ray.put(ray.get(boxed[0]))
-        self._kept = {**dict(list(self._kept.items())[-1:]), snapshot: (checksum, own)}
+        self._kept = dict(list(self._kept.items())[-1:])  # first: a third would only take room
+        self._kept[snapshot] = (checksum, ray.put(ray.get(boxed[0])))
 
     def held(self) -> list[Snapshot]:
         """Which snapshots there are."""
@@ -279,6 +279,7 @@ class Sender:
         self._holder: Any = None
         self._thread: threading.Thread | None = None
         self._has_warned = False
+        peers.holder.remote(nodes[rank])  # its process takes seconds to start
 
     def send(self, state: TrainState) -> None:
         """Copy the state and hand it over; left out while the one before is on its way."""
@@ -300,9 +301,10 @@ class Sender:
             if self._rank == 0:
                 self._peers.settle.remote(list(self._nodes.values()))
         except Exception as error:  # whatever it is, training goes on
-            self._holder = None
-            with suppress(RayError):
-                self._peers.drop.remote(node)
+            if isinstance(error, RayActorError):  # it has died; others keep what they have
+                self._holder = None
+                with suppress(RayError):
+                    self._peers.drop.remote(node)
             if not self._has_warned:
                 self._has_warned = True
                 self._warn(f"No snapshot at step {copy.step} on rank {self._rank}'s node, training goes on: {error}")

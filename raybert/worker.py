@@ -122,12 +122,12 @@ def train_worker(job: Job) -> None:
     world, attempt, batches = _join(job)
     if attempt.start_step >= job.config.training.num_steps:
         return  # the attempt before died between its last checkpoint and its end
+    handing = sender(job.peers, attempt.number, world, partial(_warn, job.tell)) if job.peers else None
     state = create_state(job.config.model, job.config.training, job.config.optimizer, world)
     records = _initialize(state, job, attempt, world)
     settle_buckets(state, job.config.data.max_seq_length, job.config.training, world)
     with tempfile.TemporaryDirectory(prefix="raybert-") as scratch:
         recorder = Recorder(job, attempt, Path(scratch), records) if world.is_first else None
-        handing = sender(job.peers, attempt.number, world, partial(_warn, job.tell)) if job.peers else None
         if world.is_first:
             batches = _warn_if_late(batches, job.tell)
         try:

@@ -1,18 +1,15 @@
 """Peer snapshots: which may be begun from, that nothing is lost through one, and what a run is that lost nodes."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from faults import leftovers, scene
+from faults import leftovers, raylet, scene
 from helpers import TINY_MODEL, tiny_config
-from nodes import cluster, finish, running
+from nodes import cluster, descendants, finish, running
 from ranks import run_ranks
 from runs import assert_exactly_once, flags, last_weights, relative_distance
 
@@ -24,7 +21,7 @@ from raybert.guard import RollbackError, bar, newest_rollback
 from raybert.history import Attempt, StepRecord, begin_attempt, read_attempts, read_history, trained_by
 from raybert.loop import train
 from raybert.order import SampleOrder
-from raybert.peers import Parcel, Snapshot, Trail, load, newest_usable, savers
+from raybert.peers import NUM_NODES, Parcel, Peers, Snapshot, Trail, load, newest_usable, savers
 from raybert.step import create_state, settle_buckets
 from raybert.storage import Directory
 from raybert.verify import verify
@@ -83,6 +80,13 @@ def test_what_a_trail_is_after_more_steps(before, parent, more, after):
 )
 def test_a_snapshot_is_used_where_the_steps_to_it_are_known(trail, snapshot, leads):
     assert trail.leads_to(snapshot) is leads
+
+
+def test_an_attempt_that_was_cut_off_is_not_followed():
+    peers = Peers()
+    for attempt, more in [(1, records("111")), (2, records("2", 2)), (1, records("1", 3)), (2, records("2", 3))]:
+        peers.follow(attempt, None, more)
+    assert spelt(peers._trail) == (0, "1122")
 
 
 S3, S6 = Snapshot(3, 1), Snapshot(6, 1)
@@ -261,19 +265,14 @@ def test_nothing_is_lost_or_changed_through_snapshots(index, tmp_path):
 
 # --- On clusters ----------------------------------------------------------------------------------------------------
 
-LAST = 60
+LAST = 40
 RARELY = {"training__num_steps": LAST, "checkpoint__every_steps": 1000}
 
 
-def living_actors(nodes):
-    """Holders and peers that have not ended."""
-    code = (
-        "import json, ray; from ray.util.state import list_actors; ray.init(log_to_driver=False); "
-        "print(json.dumps([actor.class_name for actor in list_actors(limit=1000) if actor.state != 'DEAD']))"
-    )
-    environment = os.environ | {"RAY_ADDRESS": nodes.address}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return [name for name in json.loads(done.stdout.splitlines()[-1]) if name in ("Holder", "Peers")]
+def actors(nodes):
+    """Processes of holders and peers."""
+    processes = (line for node in nodes.list_all_nodes() for line in descendants(raylet(node)).values())
+    return [line for line in processes if line.startswith(("ray::Holder", "ray::Peers"))]
 
 
 def recovered(directory, fault, rank, num_nodes, sample_index, **settings):
@@ -282,13 +281,16 @@ def recovered(directory, fault, rank, num_nodes, sample_index, **settings):
     settings = RARELY | {"checkpoint__snapshot_every_steps": EVERY} | settings
     with scene(directory, num_nodes, **settings) as stage:
         run = Directory(str(stage.run_dir))
+        stage.wait_for_steps(15)  # the holders' processes have started
         recovery = stage.recover(fault, rank)
+        print(recovery)
         assert recovery.redone <= EVERY + 1
         stage.wait_for_steps(4)
         assert find_checkpoints(run) == []
+        assert len(actors(stage.nodes)) == 1 + min(recovery.world_size, NUM_NODES)  # none where no worker is any more
         stage.pace.write_text("0")
-        print(finish(stage.process))
-        assert leftovers(stage.nodes) == [] == living_actors(stage.nodes)
+        finish(stage.process)
+        assert leftovers(stage.nodes) == [] == actors(stage.nodes)
     assert_exactly_once(stage.run_dir, LAST, sample_index)
     first, *later = read_attempts(run)
     assert first.snapshot is None and later
