@@ -171,18 +171,33 @@ def restore(checkpoint: Checkpoint, state: TrainState) -> None:
     """
     with checkpoint.directory.local() as path:
         model, moments = load_file(path / MODEL), load_file(path / OPTIMIZER)
+    num_updates, scaler = int(checkpoint.state["num_updates"]), dict(checkpoint.state["scaler"])
+    bring(HostCopy(checkpoint.step, num_updates, model, moments, scaler), state, checkpoint.directory.uri)
+
+
+def bring(copy: HostCopy, state: TrainState, source: str) -> None:
+    """Bring the state to where a copy is, which then belongs to the state.
+
+    Args:
+        copy: of a state.
+        state: to be changed.
+        source: of the copy, for a person.
+
+    Raises:
+        UserError: the copy is of another model or optimizer; nothing was changed.
+    """
     ours = {name: tuple(tensor.shape) for name, tensor in state.model.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in model.items()}
-    _check_same("model weights", ours, theirs, checkpoint)
-    _restore_moments(moments, state, checkpoint)
-    state.model.load_state_dict(model)
-    if checkpoint.state["scaler"] and state.scaler.is_enabled():
-        state.scaler.load_state_dict(dict(checkpoint.state["scaler"]))
-    state.step = checkpoint.step
-    state.num_skipped.fill_(checkpoint.step - int(checkpoint.state["num_updates"]))
+    theirs = {name: tuple(tensor.shape) for name, tensor in copy.model.items()}
+    _check_same("model weights", ours, theirs, source)
+    _restore_moments(copy.optimizer, state, source)
+    state.model.load_state_dict(dict(copy.model))
+    if copy.scaler and state.scaler.is_enabled():
+        state.scaler.load_state_dict(dict(copy.scaler))
+    state.step = copy.step
+    state.num_skipped.fill_(copy.step - copy.num_updates)
 
 
-def _restore_moments(moments: Mapping[str, torch.Tensor], state: TrainState, checkpoint: Checkpoint) -> None:
+def _restore_moments(moments: Mapping[str, torch.Tensor], state: TrainState, source: str) -> None:
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in moments.items():
         kind, _, name = key.partition(".")
@@ -192,17 +207,17 @@ def _restore_moments(moments: Mapping[str, torch.Tensor], state: TrainState, che
     if by_name:
         ours = {names[id(parameter)]: tuple(parameter.shape) for parameter in parameters}
         theirs = {name: tuple(values["exp_avg"].shape) for name, values in by_name.items()}
-        _check_same("optimizer moments", ours, theirs, checkpoint)
+        _check_same("optimizer moments", ours, theirs, source)
     states = {number: by_name[names[id(parameter)]] for number, parameter in enumerate(parameters) if by_name}
     state.optimizer.load_state_dict({"state": states, "param_groups": state.optimizer.state_dict()["param_groups"]})
 
 
-def _check_same(what: str, ours: Mapping[str, object], theirs: Mapping[str, object], checkpoint: Checkpoint) -> None:
+def _check_same(what: str, ours: Mapping[str, object], theirs: Mapping[str, object], source: str) -> None:
     if ours == theirs:
         return
     name = next(name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name))
     raise UserError(
-        f"{checkpoint.directory.uri}: {what} of another configuration: {name} is {theirs.get(name, 'absent')} there "
+        f"{source}: {what} of another configuration: {name} is {theirs.get(name, 'absent')} there "
         f"and {ours.get(name, 'absent')} in this run; train with the checkpoint's configuration or in another run_dir."
     )
 
@@ -324,17 +339,19 @@ class Saver:
         committed: Callable[[str], None],
         warn: Callable[[str], None],
         outage_limit_s: float,
+        records: Sequence[StepRecord] = (),
     ) -> None:
         """Args:
         writer: of this attempt.
-        parent: checkpoint that the attempt began from.
+        parent: checkpoint that the attempt began from, or that its snapshot stands on.
         committed: told each new checkpoint's name, from the background thread.
         warn: told what delays a commit.
         outage_limit_s: an outage that lasts longer is warned of again; the end of a run does not wait longer.
+        records: of the steps between the parent and the attempt's beginning.
         """
         self._writer, self._parent = writer, parent
         self._committed, self._warn = committed, warn
-        self._records: list[StepRecord] = []
+        self._records = list(records)
         self._next: HostCopy | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -357,6 +374,15 @@ class Saver:
     def is_writing(self) -> bool:
         """Whether a checkpoint is being written, and storage has not refused it."""
         return self._thread is not None and not self.is_failing
+
+    @property
+    def parent(self) -> str | None:
+        """The newest complete checkpoint of the history that this attempt writes."""
+        return self._parent
+
+    def note(self, records: Sequence[StepRecord]) -> None:
+        """Take in records that the next checkpoint commits."""
+        self._records += records
 
     def is_saved(self, step: int) -> bool:
         """Whether the newest complete checkpoint of this attempt is that of a step."""

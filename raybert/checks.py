@@ -19,6 +19,7 @@ SMALLEST = {
     "training.seed": 0,
     "training.log_every_steps": 1,
     "checkpoint.every_steps": 1,
+    "checkpoint.snapshot_every_steps": 0,
     "checkpoint.keep": 0,
     "guard.max_non_finite": 1,
     "guard.spike_window": 2,

@@ -104,6 +104,8 @@ class CheckpointConfig:
 
     every_steps: int | Literal["auto"] = 1000
     """Steps between two checkpoints; one more is saved at the end. auto: what wastes least by measurement."""
+    snapshot_every_steps: int = 0
+    """Steps between two snapshots in the memory of two nodes, which a run goes on from after a loss; 0: none."""
     keep: int = 3
     """Newest checkpoints that are kept; 0 keeps all."""
     outage_limit_s: float = 1800.0

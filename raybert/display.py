@@ -49,8 +49,9 @@ class Display:
             self.line(evaluation_line(event.step, event.metrics))
         elif event.kind == "attempt":
             self._started = (time.monotonic(), event.step)
-            if event.step != self._committed[1]:
-                self._committed = self._started
+            committed = int(event.metrics.get("committed_step", event.step))
+            if committed != self._committed[1]:
+                self._committed = (time.monotonic(), committed)
             self.line(attempt_line(event))
         elif event.kind == "warning":
             self.line(f"warning: {event.text}", "yellow")

@@ -17,7 +17,8 @@ class Event:
             begin.
         step: global batches consumed.
         text: for a person; a checkpoint's name; why an attempt ends.
-        metrics: of "train" and "eval"; of "attempt" its number and world size.
+        metrics: of "train" and "eval"; of "attempt" its number, world size, and the newest checkpoint's step as
+            "committed_step" where it began from a snapshot.
         attempt: number of the attempt that "train" and "checkpoint" are of: one that was cut off may still speak.
     """
 

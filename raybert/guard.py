@@ -125,6 +125,12 @@ def read_barred(run: Directory) -> tuple[Barred, ...]:
     return tuple((row["first"], row["stop"], row["reason"]) for row in rows)
 
 
+def newest_rollback(run: Directory) -> int:
+    """Number of the newest attempt that was rolled back, 0 if none was."""
+    names = (run / GUARDS).names()
+    return max((int(name.removesuffix(".json")) for name in names if name.endswith(".json")), default=0)
+
+
 def bar(run: Directory, attempt: int, error: RollbackError) -> None:
     """Record what an attempt that is rolled back has barred.
 

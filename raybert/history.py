@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -36,6 +36,8 @@ class Attempt:
         checkpoint: name of the checkpoint it began from; None at the beginning of a run.
         started_at: ISO 8601, UTC.
         barred: what the attempts before have barred, those that were rolled back.
+        snapshot: attempt whose snapshot of `start_step` it began from, instead of the checkpoint, which only says where
+            the records begin that its next checkpoint commits; None where it began from the checkpoint.
     """
 
     number: int
@@ -44,6 +46,7 @@ class Attempt:
     checkpoint: str | None
     started_at: str
     barred: tuple[Barred, ...] = ()
+    snapshot: int | None = None
 
 
 class FencedError(UserError):
@@ -57,11 +60,16 @@ def newest_attempt(run: Directory) -> int:
 
 
 def begin_attempt(
-    run: Directory, world_size: int, start_step: int, checkpoint: str | None, barred: tuple[Barred, ...] = ()
+    run: Directory,
+    world_size: int,
+    start_step: int,
+    checkpoint: str | None,
+    barred: tuple[Barred, ...] = (),
+    snapshot: int | None = None,
 ) -> Attempt:
     """Record a new attempt, which fences all older ones."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    attempt = Attempt(newest_attempt(run) + 1, world_size, start_step, checkpoint, now, barred)
+    attempt = Attempt(newest_attempt(run) + 1, world_size, start_step, checkpoint, now, barred, snapshot)
     (run / ATTEMPTS).write(f"{attempt.number:04d}.json", json.dumps(asdict(attempt)).encode())
     return attempt
 
@@ -76,6 +84,19 @@ def read_attempts(run: Directory) -> list[Attempt]:
 def _to_attempt(row: dict[str, Any]) -> Attempt:
     attempt = Attempt(**row)
     return replace(attempt, barred=tuple((first, stop, reason) for first, stop, reason in attempt.barred))
+
+
+def trained_by(step: int, attempt: int, attempts: Mapping[int, Attempt]) -> int:
+    """The attempt that trained a step which a checkpoint of `attempt` commits: before its start those it descends from.
+
+    Args:
+        step: number of the step.
+        attempt: of the checkpoint.
+        attempts: by number; one that is not known descends from none.
+    """
+    while (one := attempts.get(attempt)) and step < one.start_step and one.snapshot and one.snapshot < attempt:
+        attempt = one.snapshot
+    return attempt
 
 
 def check_newest(run: Directory, attempt: int) -> None:

@@ -35,6 +35,7 @@ from raybert.gauges import Gauges
 from raybert.guard import RollbackError
 from raybert.index import INDEX, Index, Shard, check_shards, index_shard, write_list
 from raybert.ledger import Ledger, lines, read_ledger, summarize
+from raybert.peers import create_peers
 from raybert.retry import outlast_blip
 from raybert.starts import PatientTorchConfig
 from raybert.storage import Directory, File, find_files, local_file, open_input
@@ -277,6 +278,7 @@ def _fit(job: Job, display: Display, ledger: Ledger) -> None:
     """
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     inbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Inbox).remote()  # other nodes may go
+    job = replace(job, peers=create_peers() if job.config.checkpoint.snapshot_every_steps else None)
     scratch = tempfile.TemporaryDirectory(prefix="raybert-")
     trainer: Any = _trainer(job, scratch.name, Post(inbox), display.warn)
     cluster.replace_request(job.run, trainer.train_run_context.run_id)
@@ -345,7 +347,9 @@ def _trainer(job: Job, scratch: str, post: Post, warn: Callable[[str], None]) ->
         scaling_config=scaling,
         run_config=run,
         datasets={ingest.TRAIN: ingest.placeholder()},
-        dataset_config=ingest.AttemptConfig(job.order, index, config.training.num_steps, Begin(job.run, post)),
+        dataset_config=ingest.AttemptConfig(
+            job.order, index, config.training.num_steps, Begin(job.run, post, job.peers)
+        ),
     )
 
 

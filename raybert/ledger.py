@@ -38,7 +38,8 @@ class Entry:
         began_at_s: when it began.
         seen_at_s: when its driver last wrote this, or ended.
         last_step: last step reached, as far as was reported.
-        committed_step: step of its newest checkpoint; `start_step` if it has none.
+        committed_step: step of its newest checkpoint; while it has none, of the one it began from, which lies before
+            `start_step` where it began from a snapshot.
         first_step_at_s: when its first step began; None before the first report of progress.
         last_step_at_s: when `last_step` was reported.
         timed_steps: steps that `training_s` is of.
@@ -186,7 +187,8 @@ class Ledger:
             self._close(f"resize: from {before.world_size} to {world_size} workers" if is_resize else "restart", now_s)
         if self._entry is not None:
             self._entries.append(self._entry)
-        self._entry = Entry(number, world_size, event.step, self._began_at_s, now_s, now_s, event.step, event.step)
+        committed_step = int(event.metrics.get("committed_step", event.step))
+        self._entry = Entry(number, world_size, event.step, self._began_at_s, now_s, now_s, event.step, committed_step)
         self._write(now_s)
 
     def _close(self, reason: str, now_s: float) -> None:

@@ -151,6 +151,7 @@ def train(
     barred: Mapping[int, str],
     evaluate: Callable[[], dict[str, float]] | None,
     observer: Observer | None,
+    snapshot: Callable[[TrainState, list[StepRecord]], None] | None = None,
 ) -> Result:
     """Train until num_steps; all ranks call it.
 
@@ -163,6 +164,8 @@ def train(
         barred: steps that are consumed without an update, and why.
         evaluate: metrics over the held-out set, called by all ranks at the same steps.
         observer: what rank 0 does with metrics and checkpoints; None on other ranks.
+        snapshot: called by all ranks every `checkpoint.snapshot_every_steps`; with the records since the last save or
+            snapshot, which it hands to the next save. None: there are none.
 
     Raises:
         RollbackError: the guard gave an alarm, at the same step on all ranks.
@@ -183,7 +186,8 @@ def train(
         is_last = state.step == config.training.num_steps
         is_logged = is_due(state.step, config.training.log_every_steps) or is_last
         is_saved = is_due_to_save or is_hold or is_last
-        if is_logged or is_saved:
+        is_snapshot = snapshot is not None and is_due(state.step, config.checkpoint.snapshot_every_steps)
+        if is_logged or is_saved or is_snapshot:
             meter.sums += watch.look(observer)
         if is_logged:
             metrics, paces = meter.drain(outcome)
@@ -210,6 +214,9 @@ def train(
                 observer.save(state, records)
             if cadence:
                 cadence.saved(state.step, None if is_hold else time.perf_counter() - stopped_at_s)
+        elif snapshot is not None and is_snapshot and watch.is_calm:
+            _check_weights(state)
+            snapshot(state, trail.drain())
     result.records = trail.drain()
     return result
 

@@ -23,7 +23,16 @@ from raybert.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, find_checkpoin
 from raybert.config import Config
 from raybert.config_file import CONFIG, FIELDS, Setting, build_config, config_from_yaml
 from raybert.errors import UserError
-from raybert.history import ATTEMPTS, RECORDS, StepRecord, read_attempts, samples_checksum, to_record
+from raybert.history import (
+    ATTEMPTS,
+    RECORDS,
+    Attempt,
+    StepRecord,
+    read_attempts,
+    samples_checksum,
+    to_record,
+    trained_by,
+)
 from raybert.index import INDEX, LIST, Index, Shard, cached_shard, index_shard, read_list
 from raybert.ledger import Summary, read_ledger, summarize
 from raybert.order import SampleOrder, Samples, rank_slice
@@ -133,8 +142,8 @@ def verify(run: Directory) -> Report:
     checkpoint = open_checkpoint(run, name)
     batch_size = checkpoint.state["identity"]["training.global_batch_size"]
     order, unknown = sample_order(run, checkpoint)
-    world_sizes = _world_sizes(run)
-    proof = Proof(order, batch_size, {} if isinstance(world_sizes, str) else world_sizes)
+    attempts = _attempts(run)
+    proof = Proof(order, batch_size, {} if isinstance(attempts, str) else attempts)
     positions = checkpoint.step * batch_size
     follow(run, name, proof)
     epochs, rest = proof.epochs.once(positions) if proof.epochs else (0, 0)
@@ -155,7 +164,7 @@ def verify(run: Directory) -> Report:
         findings=[
             *findings,
             *unknown,
-            *_attempt_findings(proof.attempts, world_sizes),
+            *_attempt_findings(proof.attempts, attempts),
             *proof.findings,
             *repeated,
             *unread,
@@ -211,18 +220,18 @@ def _summary(run: Directory) -> tuple[Summary | None, list[str]]:
     return (summarize(entries, price) if entries else None), []
 
 
-def _world_sizes(run: Directory) -> dict[int, int] | str:
-    """Workers of each attempt; or what is wrong with the attempts' files."""
+def _attempts(run: Directory) -> dict[int, Attempt] | str:
+    """Each attempt by its number; or what is wrong with the attempts' files."""
     try:
-        return {attempt.number: attempt.world_size for attempt in read_attempts(run)}
+        return {attempt.number: attempt for attempt in read_attempts(run)}
     except (ValueError, TypeError) as error:
         return f"{ATTEMPTS}/ is damaged: {error}"
 
 
-def _attempt_findings(committed: Iterable[int], world_sizes: Mapping[int, int] | str) -> list[str]:
-    if isinstance(world_sizes, str):
-        return [world_sizes]
-    return [f"{ATTEMPTS}/{number:04d}.json is missing" for number in sorted(committed) if number not in world_sizes]
+def _attempt_findings(committed: Iterable[int], attempts: Mapping[int, Attempt] | str) -> list[str]:
+    if isinstance(attempts, str):
+        return [attempts]
+    return [f"{ATTEMPTS}/{number:04d}.json is missing" for number in sorted(committed) if number not in attempts]
 
 
 # The sample order, from the identity that the checkpoint's digests protect
@@ -395,13 +404,13 @@ class Epochs:
 class Proof:
     """What the links of a history prove, which are added newest first."""
 
-    def __init__(self, order: SampleOrder | None, global_batch_size: int, world_sizes: Mapping[int, int]) -> None:
+    def __init__(self, order: SampleOrder | None, global_batch_size: int, attempts: Mapping[int, Attempt]) -> None:
         """Args:
         order: of the run; None if it is not known, and samples cannot be compared.
         global_batch_size: G, samples of a step.
-        world_sizes: workers by attempt.
+        attempts: those that are known, by number.
         """
-        self._order, self._size, self._world_sizes = order, global_batch_size, world_sizes
+        self._order, self._size, self._known = order, global_batch_size, attempts
         self.epochs = None if order is None else Epochs(order.num_samples)
         self.findings: list[str] = []
         self.skipped: dict[int, str] = {}
@@ -431,9 +440,11 @@ class Proof:
     def _check(self, record: StepRecord, attempt: int) -> Iterator[str]:
         """What is wrong with a record that an attempt's checkpoint committed; samples that are right are counted."""
         world_size = len(record.arrivals)
-        expected = self._world_sizes.get(record.attempt)
-        if record.attempt != attempt:
-            yield f" is of attempt {record.attempt}, expected {attempt}"
+        expected = self._known[record.attempt].world_size if record.attempt in self._known else None
+        trainer = trained_by(record.step, attempt, self._known)
+        self.attempts.add(trainer)
+        if record.attempt != trainer:
+            yield f" is of attempt {record.attempt}, expected {trainer}"
         if not 1 <= world_size <= self._size or expected not in (None, world_size):
             yield f" arrived at {world_size} ranks, expected {expected or f'1 to {self._size}'}"
         if not 1 <= world_size <= self._size:

@@ -7,8 +7,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train.torch import get_device
 
 from raybert import ingest
@@ -27,13 +29,14 @@ from raybert.evaluate import evaluate
 from raybert.events import Event, Tell
 from raybert.failures import AT_STEP
 from raybert.feed import Layout, RankBatch, local_batches, rank_batches
-from raybert.guard import RollbackError, bar, check_rollbacks, read_barred, reasons, spelt
-from raybert.history import Attempt, StepRecord, begin_attempt, newest_attempt
+from raybert.guard import RollbackError, bar, check_rollbacks, newest_rollback, read_barred, reasons, spelt
+from raybert.history import Attempt, StepRecord, begin_attempt, newest_attempt, read_attempts
 from raybert.hold import HOLD, HOLD_S
 from raybert.index import Index
 from raybert.ledger import read_ledger
 from raybert.loop import train
 from raybert.order import SampleOrder
+from raybert.peers import CALL_S, TRIES, Sender, Snapshot, resume, sender
 from raybert.pretrained import load_pretrained
 from raybert.retry import outlast_blip
 from raybert.step import TrainState, create_state, settle_buckets
@@ -57,6 +60,7 @@ class Job:
         index, evaluation: of the training and held-out files, or references to them in the object store.
         identity: what a resumed run must agree on.
         tell: takes events to the driver.
+        peers: handle of the `Peers` that find snapshots; None without them.
     """
 
     config: Config
@@ -66,26 +70,49 @@ class Job:
     evaluation: Any
     identity: Mapping[str, Any]
     tell: Tell
+    peers: Any = None
 
 
 @dataclass(frozen=True)
 class Begin:
-    """Begins attempts of a run at its newest intact checkpoint; the one decision about where to start."""
+    """Begins attempts of a run at its newest intact checkpoint, or a snapshot after it; the one decision about that."""
 
     run: Directory
     tell: Tell
+    peers: Any = None
 
     def __call__(self, world_size: int) -> Attempt:
         checkpoint = outlast_blip(lambda: newest_checkpoint(self.run, self._warn))
         step, name = (checkpoint.step, checkpoint.name) if checkpoint else (0, None)
         barred = outlast_blip(lambda: read_barred(self.run))
-        attempt = outlast_blip(lambda: begin_attempt(self.run, world_size, step, name, barred))
-        metrics = {"number": attempt.number, "world_size": world_size}
-        self.tell(Event("attempt", step, name or "", metrics))
+        metrics, text, snapshot = {"committed_step": step}, name or "", None
+        found = self._snapshot(step)
+        if found is not None:
+            (step, snapshot), name, text = astuple(found[0]), found[1], str(found[0])
+        attempt = outlast_blip(lambda: begin_attempt(self.run, world_size, step, name, barred, snapshot))
+        metrics |= {"number": attempt.number, "world_size": world_size}
+        self.tell(Event("attempt", step, text, metrics))
         for first, stop, reason in barred:
             if max(first, step) < stop:
                 self._warn(f"{spelt(max(first, step), stop)} will make no update: {reason}.")
         return attempt
+
+    def _snapshot(self, committed_step: int) -> tuple[Snapshot, str | None] | None:
+        """The snapshot to begin from, and the checkpoint that it stands on; None: begin from the newest checkpoint."""
+        if self.peers is None:
+            return None
+        attempts = outlast_blip(lambda: read_attempts(self.run))
+        begun = Counter(Snapshot(one.start_step, one.snapshot) for one in attempts if one.snapshot is not None)
+        tried = [snapshot for snapshot, number in begun.items() if number >= TRIES]
+        rolled_back = outlast_blip(lambda: newest_rollback(self.run))
+        try:
+            found: tuple[Snapshot, str | None] | None = ray.get(
+                self.peers.find.remote(committed_step, rolled_back, tried), timeout=CALL_S
+            )
+        except RayError as error:
+            self._warn(f"Snapshots are not used, since nobody knows of them any more: {error}")
+            return None
+        return found
 
     def _warn(self, text: str) -> None:
         self.tell(Event("warning", text=text))
@@ -97,16 +124,18 @@ def train_worker(job: Job) -> None:
     world, attempt, batches = _join(job)
     if attempt.start_step >= job.config.training.num_steps:
         return  # the attempt before died between its last checkpoint and its end
+    handing = sender(job.peers, attempt.number, world, partial(_warn, job.tell)) if job.peers else None
     state = create_state(job.config.model, job.config.training, job.config.optimizer, world)
-    _initialize(state, job, attempt)
+    records = _initialize(state, job, attempt, world)
     settle_buckets(state, job.config.data.max_seq_length, job.config.training, world)
     with tempfile.TemporaryDirectory(prefix="raybert-") as scratch:
-        recorder = Recorder(job, attempt, Path(scratch)) if world.is_first else None
+        recorder = Recorder(job, attempt, Path(scratch), records) if world.is_first else None
         if world.is_first:
             batches = _warn_if_late(batches, job.tell)
         try:
             barred, evaluator = reasons(attempt.barred), _evaluator(job, state, world)
-            result = train(state, batches, job.config, world, attempt.number, barred, evaluator, recorder)
+            snapshot = partial(_snapshot, recorder, handing) if job.peers else None
+            result = train(state, batches, job.config, world, attempt.number, barred, evaluator, recorder, snapshot)
             if recorder:
                 recorder.finish(state, result.records, result.train, result.evaluation)
         except RollbackError as error:
@@ -122,6 +151,20 @@ def train_worker(job: Job) -> None:
         finally:
             if recorder:
                 recorder.close()
+            if handing:
+                handing.close()
+
+
+def _snapshot(recorder: Recorder | None, handing: Sender | None, state: TrainState, records: list[StepRecord]) -> None:
+    """What a rank does for a snapshot: rank 0 says which steps it holds, and some hand over the state."""
+    if recorder:
+        recorder.note(records)
+    if handing:
+        handing.send(state)
+
+
+def _warn(tell: Tell, text: str) -> None:
+    tell(Event("warning", text=text))
 
 
 def train_ray_worker(job: Job) -> None:
@@ -178,13 +221,16 @@ def _warn_if_late(batches: Iterator[RankBatch], tell: Tell) -> Iterator[RankBatc
         yield batch
 
 
-def _initialize(state: TrainState, job: Job, attempt: Attempt) -> None:
-    """The weights that the attempt begins from."""
+def _initialize(state: TrainState, job: Job, attempt: Attempt, world: World) -> Sequence[StepRecord]:
+    """Bring the state to where the attempt begins; returns the records that no checkpoint carries yet."""
+    if attempt.snapshot is not None:
+        return resume(job.peers, Snapshot(attempt.start_step, attempt.snapshot), state, world)
     if attempt.checkpoint is not None:
         restore(outlast_blip(partial(open_checkpoint, job.run, attempt.checkpoint)), state)
     elif job.config.training.init_checkpoint is not None:
         with Directory(job.config.training.init_checkpoint).local() as path:
             load_pretrained(state.model, path)
+    return ()
 
 
 def _evaluator(job: Job, state: TrainState, world: World) -> Callable[[], dict[str, float]] | None:
@@ -198,18 +244,20 @@ def _evaluator(job: Job, state: TrainState, world: World) -> Callable[[], dict[s
 class Recorder:
     """Rank 0's observer of the loop: metrics, checkpoints and events."""
 
-    def __init__(self, job: Job, attempt: Attempt, scratch: Path) -> None:
+    def __init__(self, job: Job, attempt: Attempt, scratch: Path, records: Sequence[StepRecord]) -> None:
         """Args:
         job: of the run.
         attempt: that this worker belongs to.
         scratch: a local directory that lives as long as this.
+        records: of steps before the attempt that no checkpoint carries yet.
         """
+        self._peers = job.peers
         self._tell, self._num_steps, self._attempt = job.tell, job.config.training.num_steps, attempt.number
         self._run = job.run
         self._telemetry = Telemetry(job.run, attempt.start_step, scratch)
         vocab_file, config = outlast_blip(lambda: _local_vocabulary(job.run, scratch)), job.config.checkpoint
         writer = Writer(job.run, attempt.number, job.config.model, vocab_file, job.identity, config.keep)
-        self._saver = Saver(writer, attempt.checkpoint, self._committed, self.warn, config.outage_limit_s)
+        self._saver = Saver(writer, attempt.checkpoint, self._committed, self.warn, config.outage_limit_s, records)
 
     def train_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log training metrics."""
@@ -223,7 +271,18 @@ class Recorder:
 
     def save(self, state: TrainState, records: list[StepRecord]) -> None:
         """Save a checkpoint behind the next steps."""
+        self._follow(records)
         self._saver.save(state, records)
+
+    def note(self, records: list[StepRecord]) -> None:
+        """Take in the records of steps that the next checkpoint carries, and that a snapshot is of."""
+        self._follow(records)
+        self._saver.note(records)
+
+    def _follow(self, records: list[StepRecord]) -> None:
+        """Tell the peers of steps that were trained."""
+        if self._peers is not None:
+            self._peers.follow.remote(self._attempt, self._saver.parent, records)
 
     def is_asked_to_hold(self) -> bool:
         """Whether the one who is about to end this attempt asks for a checkpoint first; not while there can be none."""
@@ -242,6 +301,7 @@ class Recorder:
 
     def save_and_hold(self, state: TrainState, records: list[StepRecord]) -> None:
         """Save a checkpoint now; once it is complete, wait for the end that it was asked for."""
+        self._follow(records)
         self._saver.save(state, records)
         self._saver.wait(HOLD_S)
         if not self._saver.is_saved(state.step):

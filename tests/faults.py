@@ -81,11 +81,9 @@ class Scene:
 
     def kill_during_restore(self, rank):
         """A worker dies, and one of its successors before it has made a step."""
-        number = len(attempts(self.run_dir))
+        number, old = len(attempts(self.run_dir)), self.pid(rank)
         self.kill_worker(rank)
-        wait_until(lambda: len(attempts(self.run_dir)) > number, self.process)
-        old = self.pid(rank)
-        wait_until(lambda: self.pid(rank) != old or not alive(old), self.process)
+        wait_until(lambda: len(attempts(self.run_dir)) > number and self.pid(rank) != old, self.process)
         with suppress(ProcessLookupError):
             self.kill_worker(rank)
 
@@ -120,10 +118,6 @@ class Scene:
         """Let the newest attempt make so many steps."""
         start = attempts(self.run_dir)[-1][1]
         wait_until(lambda: logged_steps(self.run_dir)[-1] >= start + number, self.process)
-
-
-def alive(pid):
-    return Path(f"/proc/{pid}").exists()
 
 
 def raylet(node):

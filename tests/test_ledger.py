@@ -47,9 +47,9 @@ class Driver:
         self.now_s = now_s
         return self
 
-    def begin(self, world_size, step=0):
+    def begin(self, world_size, step=0, **more):
         self.number += 1
-        self.ledger.show(Event("attempt", step, "", {"number": self.number, "world_size": world_size}))
+        self.ledger.show(Event("attempt", step, "", {"number": self.number, "world_size": world_size, **more}))
 
     def train(self, step, seconds_a_step, data_wait=0.0, attempt=None):
         metrics = {"samples_per_s": G / seconds_a_step, "data_wait": data_wait}
@@ -254,6 +254,23 @@ def test_steps_that_a_damaged_checkpoint_costs_are_not_useful(run):
     summary = summarize(read_ledger(run))
     assert [attempt.useful_steps for attempt in summary.attempts] == [4, 0, 8]
     assert [attempt.redone_steps for attempt in summary.attempts] == [6, 12, 0]
+
+
+@pytest.mark.parametrize(("commits", "useful"), [(True, [6, 4]), (False, [4, 0])])
+def test_steps_before_a_snapshot_are_useful_once_a_checkpoint_carries_them(run, commits, useful):
+    """An attempt that came to step 7, its checkpoint at 4, and one that began from a snapshot at 6."""
+    driver = Driver(run)
+    driver.at(1010).begin(2, committed_step=0)
+    driver.at(1020).checkpoint(4)
+    driver.at(1030).train(7, 2.0)
+    driver.at(1040).begin(2, 6, committed_step=4)
+    driver.at(1060).train(10, 2.0)
+    if commits:
+        driver.at(1061).checkpoint(10)
+    driver.at(1062).ledger.end(FINISHED)
+    summary = summarize(read_ledger(run))
+    assert [attempt.useful_steps for attempt in summary.attempts] == useful
+    assert (summary.useful_steps, summary.redone_steps) == (sum(useful), 11 - sum(useful))
 
 
 def test_a_later_start_shows_what_a_lost_driver_did_not_write(run):

@@ -150,6 +150,33 @@ def test_the_samples_of_an_epoch_are_counted(run_dir):
     assert verify(Directory(str(run_dir))).complete_epochs == 1
 
 
+def descend(run_dir, start_step, snapshot):
+    """Make the second attempt, which committed steps 30 to 39, one that began where the first had come to."""
+    path = run_dir / ATTEMPTS / "0002.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"start_step": start_step, "snapshot": snapshot}))
+    edit(run_dir, lambda rows: [row.update(attempt=1) for row in rows[1:6]], "step-00000040-attempt-0002")
+
+
+def test_a_history_through_a_snapshot_holds(run_dir):
+    descend(run_dir, 35, 1)
+    assert findings(run_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("start_step", "snapshot", "wrong"),
+    [
+        (35, None, [(step, 1, 2) for step in range(30, 35)]),  # it began from a checkpoint
+        (34, 1, [(34, 1, 2)]),
+        (36, 1, [(35, 2, 1)]),
+    ],
+)
+def test_steps_of_an_attempt_that_another_does_not_descend_from_are_found(run_dir, start_step, snapshot, wrong):
+    descend(run_dir, start_step, snapshot)
+    link = f"{RECORDS}/step-00000040-attempt-0002.jsonl"
+    expected = [f"{link}: step {step} is of attempt {found}, expected {right}" for step, found, right in wrong]
+    assert findings(run_dir) == expected
+
+
 def test_a_missing_record_is_found(run_dir):
     (run_dir / RECORDS / f"{MIDDLE}.jsonl").unlink()
     assert findings(run_dir)[0] == f"{RECORDS}/{MIDDLE}.jsonl is missing; nothing shows steps 0 to 19"
