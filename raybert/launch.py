@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -274,7 +274,7 @@ def _fit(job: Job, display: Display, ledger: Ledger) -> None:
     """Run attempts on the cluster and show their events until the last step.
 
     Raises:
-        UserError: what a worker could not do for the user's sake, or a crash loop.
+        UserError: what a worker could not do for the user's sake, a crash loop, or the end of Ray Train's controller.
     """
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     inbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Inbox).remote()  # other nodes may go
@@ -299,6 +299,11 @@ def _fit(job: Job, display: Display, ledger: Ledger) -> None:
     finally:
         cluster.cancel_request(trainer.train_run_context.run_id)
         scratch.cleanup()
+    if isinstance(outcome[0], RayActorError):  # of workers that die, Ray Train makes an error of its own
+        raise UserError(
+            "Ray Train's controller, a process on the driver's node, has died, perhaps for want of memory; the same "
+            f"command resumes the run in {job.run.uri}. {outcome[0]}"
+        ) from outcome[0]
     if outcome[0] is not None:
         raise cause_of(outcome[0])
 

@@ -1,6 +1,7 @@
 """Fixtures that more than one test file uses."""
 
 import functools
+import signal
 
 import hypothesis
 import pytest
@@ -11,6 +12,8 @@ from raybert.storage import Directory
 
 hypothesis.settings.register_profile("shared", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("shared")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a background shell, and so our children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # a second thread only slows models as small as these down
 
 

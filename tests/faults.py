@@ -12,14 +12,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from nodes import NODE, attempts, cluster, descendants, drain, logged_steps, running, wait_until
+from nodes import (
+    NODE,
+    attempts,
+    cluster,
+    descendants,
+    drain,
+    is_alive,
+    logged_steps,
+    ray_node,
+    running,
+    shown_steps,
+    wait_until,
+)
 from runs import flags
 
-WORKER = "ray::RayTrainWorker"
+from raybert.checkpoint import CHECKPOINTS, MANIFEST, MODEL, find_checkpoints
+from raybert.storage import Directory
+
+CONTROLLER = "ray::TrainController"
+OF_A_RUN = ("ray::RayTrainWorker", CONTROLLER, "ray::DatasetManager", "ray::SplitCoordinator", "ray::Inbox")
+LEAVE_S = 15.0  # that processes of a run may outlive it
 
 
 @dataclass(frozen=True)
@@ -42,8 +60,21 @@ class Recovery:
 class Scene:
     """A run on a cluster of one worker a node, and what can happen to it."""
 
-    def __init__(self, nodes, process, run_dir, pace):
-        self.nodes, self.process, self.run_dir, self.pace = nodes, process, run_dir, pace
+    def __init__(self, nodes, run_dir, pace, command, contexts):
+        """Args:
+        nodes: the cluster.
+        run_dir: of the run.
+        pace: file of its pace.
+        command: gives the command's context, anew each time.
+        contexts: an exit stack for what is started.
+        """
+        self.nodes, self.run_dir, self.pace = nodes, run_dir, pace
+        self._command, self._contexts = command, contexts
+        self.start()
+
+    def start(self):
+        """Give the command, the first time or once more."""
+        self.process = self._contexts.enter_context(self._command())
 
     def pid(self, rank):
         """Process of a rank, or of the last one if there are not so many."""
@@ -55,8 +86,31 @@ class Scene:
         pid = self.pid(rank)
         return next(node for node in self.nodes.worker_nodes if pid in descendants(raylet(node)))
 
+    def pids(self):
+        """Processes of the newest attempt's ranks."""
+        return [self.pid(rank) for rank in range(attempts(self.run_dir)[-1][0])]
+
     def kill_worker(self, rank):
         os.kill(self.pid(rank), signal.SIGKILL)
+
+    def stop_worker(self, rank):
+        """The process is there, and answers nothing."""
+        os.kill(self.pid(rank), signal.SIGSTOP)
+
+    def kill_controller(self, rank=None):
+        """Ray Train's controller dies, which ends the command; it is given again at once."""
+        found = descendants(raylet(self.nodes.head_node))
+        (pid,) = [pid for pid, command in found.items() if command.startswith(CONTROLLER)]
+        os.kill(pid, signal.SIGKILL)
+        assert self.process.wait(60) == 1, self.process.read_output()
+        assert "controller" in self.process.read_output() and "Traceback" not in self.process.read_output()
+        self.start()
+
+    def kill_driver(self, rank=None):
+        """The command dies, and is given again at once."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.start()
 
     def kill_node(self, rank):
         self.nodes.remove_node(self.node(rank), allow_graceful=False)
@@ -98,9 +152,33 @@ class Scene:
         self.nodes.remove_node(self.nodes.add_node(**NODE), allow_graceful=False)
         self.kill_node(rank)
 
+    def start_node(self, rank=None):
+        """A node joins that `ray start --block` makes."""
+        self.started_node = self._contexts.enter_context(ray_node(self.nodes.address))
+
+    def terminate_node(self, rank=None):
+        """That node is told to end, as Kubernetes does it."""
+        self.started_node.terminate()
+
+    def flip_a_byte(self):
+        """A byte of the next checkpoint flips once it is complete; its name, and that of the one before."""
+        known = self.complete_checkpoints()[0]
+        wait_until(lambda: self.complete_checkpoints()[0] != known, self.process)
+        flipped, before = self.complete_checkpoints()[:2]
+        flip(self.run_dir / CHECKPOINTS / flipped / MODEL)
+        return flipped, before
+
+    def complete_checkpoints(self):
+        """Names, newest first."""
+        folder = self.run_dir / CHECKPOINTS
+        return [name for name in find_checkpoints(Directory(str(self.run_dir))) if (folder / name / MANIFEST).exists()]
+
     def recover(self, fault, rank=0, timeout_s=120):
-        """Put a fault in and wait until another attempt has made a step; what that cost."""
-        number = len(attempts(self.run_dir))
+        """Put a fault in and wait until another attempt has made a step; what that cost. Nobody survives from before.
+
+        The processes of the attempt before must have ended by then, whatever the fault.
+        """
+        number, before = len(attempts(self.run_dir)), self.pids()
         began_s = time.monotonic()
         getattr(self, fault)(rank)
         reached = logged_steps(self.run_dir)[-1]
@@ -109,10 +187,21 @@ class Scene:
             if len(rows) == number:
                 reached = max(reached, *steps)
             elif steps and rows[-1][1] < steps[-1] < rows[-1][1] + 3:
-                return Recovery(fault, time.monotonic() - began_s, max(0, reached - rows[number][1]), rows[-1][0])
+                break
             assert self.process.poll() is None, self.process.read_output()
             assert time.monotonic() < began_s + timeout_s, f"{fault}: timed out\n{self.process.read_output()}"
             time.sleep(0.05)
+        recovery = Recovery(fault, time.monotonic() - began_s, max(0, reached - rows[number][1]), rows[-1][0])
+        assert not any(map(is_alive, before)), f"{fault}: workers of before are there, too"
+        print(recovery, f"load {os.getloadavg()[0]:.1f}", flush=True)
+        return recovery
+
+    def play(self, schedule):
+        """Put in the faults of a schedule of (step, rank, fault), each once its step is reached and all is well."""
+        for step, rank, fault in schedule:
+            wait_until(lambda step=step: logged_steps(self.run_dir)[-1] >= step, self.process)
+            yield self.recover(fault, rank)
+            self.wait_for_steps(3)
 
     def wait_for_steps(self, number):
         """Let the newest attempt make so many steps."""
@@ -120,26 +209,38 @@ class Scene:
         wait_until(lambda: logged_steps(self.run_dir)[-1] >= start + number, self.process)
 
 
+def flip(path):
+    """Flip a byte in the middle of a file."""
+    with path.open("r+b") as file:
+        middle = path.stat().st_size // 2
+        file.seek(middle)
+        (byte,) = file.read(1)
+        file.seek(middle)
+        file.write(bytes([byte ^ 1]))
+
+
 def raylet(node):
     return node.all_processes["raylet"][0].process.pid
 
 
 @contextmanager
-def scene(directory, num_nodes, pace="0.3", **settings):
-    """A run that has made some steps on as many workers as there are nodes."""
-    directory = Path(directory)
-    path, run_dir = directory / "pace", directory / "run"
+def scene(directory, num_nodes, pace="0.3", run_dir=None, environment=None, **settings):
+    """A run that has made some steps on as many workers as there are nodes; by default below the directory."""
+    path, run_dir = Path(directory) / "pace", run_dir or Path(directory) / "run"
     path.write_text(pace)
     settings = {"cluster__num_workers": f"1,{num_nodes}", "cluster__cpus_per_worker": 2} | settings
-    with cluster(num_nodes) as nodes, running(nodes.address, *flags(run_dir, **settings), pace=path) as process:
-        wait_until(lambda: logged_steps(run_dir)[-1:] >= [7], process)
-        yield Scene(nodes, process, run_dir, path)
+    with cluster(num_nodes) as nodes, ExitStack() as contexts:
+        command = partial(running, nodes.address, *flags(run_dir, **settings), pace=path, environment=environment)
+        stage = Scene(nodes, run_dir, path, command, contexts)
+        wait_until(lambda: shown_steps(stage.process)[-1:] >= [7], stage.process)
+        yield stage
 
 
 def leftovers(nodes):
-    """Processes of workers that are still there, and placement groups that are not removed."""
-    raylets = [raylet(node) for node in nodes.list_all_nodes()]
-    processes = [line for pid in raylets for line in descendants(pid).values() if line.startswith(WORKER)]
+    """Processes of a run that are still there, and placement groups that are not removed."""
+    until_s = time.monotonic() + LEAVE_S
+    while (processes := processes_of_runs(nodes)) and time.monotonic() < until_s:
+        time.sleep(0.2)
     code = (
         "import json, ray; from ray.util import placement_group_table; ray.init(log_to_driver=False); "
         "print(json.dumps([row['state'] for row in placement_group_table().values()]))"
@@ -147,6 +248,27 @@ def leftovers(nodes):
     environment = os.environ | {"RAY_ADDRESS": nodes.address}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return processes + [state for state in json.loads(done.stdout.splitlines()[-1]) if state != "REMOVED"]
+
+
+def processes_of_runs(nodes):
+    """What Ray's workers on all nodes do for runs."""
+    raylets = [raylet(node) for node in nodes.list_all_nodes()]
+    return [line for pid in raylets for line in descendants(pid).values() if line.startswith(OF_A_RUN)]
+
+
+def seeded_schedule(seed, num_faults, every_steps, num_nodes):
+    """Faults about every so many steps, as (step, rank, fault); a node joins where there would be too few."""
+    draw, schedule, left = random.Random(seed), [], num_nodes
+    for number in range(1, num_faults + 1):
+        fault = draw_fault(draw, left)
+        left -= LOST_NODES.get(fault, 0)
+        schedule.append((number * every_steps + draw.randrange(every_steps // 2), draw.randrange(num_nodes), fault))
+    return schedule
+
+
+def draw_fault(draw, num_nodes):
+    """A fault by chance, or another node where there are fewer than two."""
+    return "join" if num_nodes < 2 else draw.choice(FAULTS)
 
 
 def soak(minutes, seed, num_nodes=3):
@@ -157,9 +279,7 @@ def soak(minutes, seed, num_nodes=3):
         settings = {"training__num_steps": num_steps, "checkpoint__every_steps": 20}
         with scene(directory, num_nodes, **settings) as stage:
             while time.monotonic() < until_s:
-                is_low = len(stage.nodes.worker_nodes) < 2
-                fault = "join" if is_low else draw.choice(SOAK)
-                print(stage.recover(fault, draw.randrange(num_nodes)), flush=True)
+                stage.recover(draw_fault(draw, len(stage.nodes.worker_nodes)), draw.randrange(num_nodes))
                 time.sleep(draw.uniform(20, 60))
             stage.pace.write_text("0")
             code = stage.process.wait(3600)
@@ -169,7 +289,9 @@ def soak(minutes, seed, num_nodes=3):
         return code or subprocess.run(command).returncode
 
 
-SOAK = ("kill_worker", "kill_node", "replace_node", "drain_node", "kill_two", "kill_during_restore", "join")
+FAULTS = ("kill_worker", "kill_node", "replace_node", "drain_node", "kill_two", "kill_during_restore", "join")
+FAULTS += ("kill_controller", "kill_driver")
+LOST_NODES = {"kill_node": 1, "drain_node": 1, "kill_two": 1, "join": -1}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A run under faults.")

@@ -116,6 +116,28 @@ def ray_head(num_cpus, prepare=lambda head: None):
 
 
 @contextmanager
+def ray_node(address, drain_s=25):
+    """A worker node as a user starts it with `ray start --block`; after SIGTERM it has so many seconds left."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
+    known["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = str(drain_s)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={address}"]
+    command += [f"--num-cpus={NODE['num_cpus']}", f"--object-store-memory={NODE['object_store_memory']}"]
+    command += [f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
+    with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        with (Path(directory) / "log").open("w") as log:
+            process = subprocess.Popen(
+                [*command, f"--temp-dir={directory}/ray"], env=known, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            yield process
+        finally:
+            for pid in (process.pid, *descendants(process.pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextmanager
 def running(address, *arguments, pace=None, environment=None, within=()):
     """The command `run.py train`, in a process group of its own, against a cluster (None: its own local Ray).
 
@@ -151,6 +173,14 @@ def descendants(pid):
     for process in found:
         found += [child for child, parent in parents.items() if parent == process]
     return {process: commands[process] for process in found[1:]}
+
+
+def is_alive(pid):
+    """Whether a process has not ended yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def drain(cluster, node, deadline_s):
@@ -192,6 +222,11 @@ def logged_steps(run_dir):
     return [
         row["step"] for row in map(json.loads, filter(lambda line: line.endswith("}"), lines)) if row["kind"] == "train"
     ]
+
+
+def shown_steps(process):
+    """Steps that the command has shown, in order; of a run whose directory cannot be read, all that is known."""
+    return [int(line.split("/")[0][5:]) for line in process.read_output().splitlines() if line.startswith("step ")]
 
 
 def attempts(run_dir):

@@ -1,6 +1,7 @@
-"""Outages for tests: a local S3 server behind a proxy that fails as it is told."""
+"""Outages for tests: a local S3 server behind a proxy that fails as it is told, and a disk that can be full."""
 
 import http.client
+import subprocess
 import threading
 import uuid
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+UPLOADS = ("PUT", "POST", "DELETE")
 HOP_BY_HOP = {"transfer-encoding", "connection", "content-length", "date", "server"}
 
 
@@ -139,3 +141,34 @@ def faulty_store():
     store.shutdown()
     store.server_close()
     moto.stop()
+
+
+@contextmanager
+def small_disk(path, size):
+    """A disk of its own: a tmpfs, which only root may mount."""
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk of its own can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+@contextmanager
+def full(disk):
+    """No byte of the disk is free."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 12))
+        except OSError:
+            pass
+    try:
+        yield
+    finally:
+        ballast.unlink()

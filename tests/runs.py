@@ -7,7 +7,7 @@ from helpers import SAMPLE_FILE
 from nodes import finish, running
 from safetensors.torch import load_file
 
-from raybert.checkpoint import newest_checkpoint
+from raybert.checkpoint import MODEL, newest_checkpoint
 from raybert.history import read_history, samples_checksum
 from raybert.order import SampleOrder, rank_slice, steps_per_window
 from raybert.storage import Directory
@@ -42,7 +42,8 @@ def last_weights(run_dir):
     warnings = []
     checkpoint = newest_checkpoint(Directory(str(run_dir)), warnings.append)
     assert not warnings
-    tensors = load_file(checkpoint.directory.path + "/model.safetensors")
+    with checkpoint.directory.local() as path:
+        tensors = load_file(path / MODEL)
     return torch.cat([tensors[name].ravel() for name in sorted(tensors)])
 
 
@@ -66,9 +67,10 @@ def assert_exactly_once(run_dir, num_steps, index):
     return [len(record.arrivals) for record in history]
 
 
-def undisturbed_weights(run_dir, num_steps):
+def undisturbed_weights(run_dir, num_steps, within=(), **settings):
     """Weights after a run in one process."""
-    with running(None, *flags(run_dir, training__num_steps=num_steps, cluster__num_workers=0)) as process:
+    settings |= {"training__num_steps": num_steps, "cluster__num_workers": 0}
+    with running(None, *flags(run_dir, **settings), within=within) as process:
         finish(process)
     return last_weights(run_dir)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_config, write_samples
-from nodes import descendants, own_dashboard
+from nodes import descendants, is_alive, own_dashboard
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -172,13 +172,6 @@ def finish(process):
     """All that the process says, and its errors."""
     rest, _ = process.communicate(timeout=150)
     return process.said + rest, process.errors.read_text()
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def check_gone(processes):

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import subprocess
 import threading
 import time
 import uuid
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_config, tiny_index
-from outages import faulty_store
+from outages import UPLOADS, faulty_store, full, small_disk
 
 from raybert import retry, storage
 from raybert.checkpoint import CHECKPOINTS, MANIFEST, MODEL, find_checkpoints, find_damage, newest_checkpoint
@@ -24,7 +23,6 @@ from raybert.telemetry import read_metrics
 from raybert.worker import Job, train_worker
 
 NUM_STEPS, EVERY_STEPS = 150, 4
-UPLOADS = ("PUT", "POST", "DELETE")
 SLOW_S = 0.05
 
 
@@ -268,25 +266,8 @@ def test_a_blip_at_the_beginning_is_waited_for(run, store, index):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of 2 MB: a tmpfs, which only root may mount."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no disk of its own can be mounted here: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
-
-
-def fill(path):
-    """Leave no byte free."""
-    with path.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(1 << 12))
-        except OSError:
-            pass
-    return path
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        yield disk
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
@@ -294,14 +275,13 @@ def test_a_full_disk_delays_commits_and_harms_none(disk, index):
     run = Directory(str(disk / "run"))
     with Watched(run, index) as watched:
         watched.wait_for(lambda: watched.texts("checkpoint"))
-        ballast = fill(disk / "ballast")
-        watched.wait_for(lambda: watched.texts("warning", "cannot be written"))
-        kept, step = find_checkpoints(run), watched.step
-        watched.wait_for(lambda: watched.step >= step + 2 * EVERY_STEPS)
-        intact = [name for name in find_checkpoints(run) if (run / CHECKPOINTS / name).exists(MANIFEST)]
-        assert intact and set(intact) <= set(kept)
-        assert all(find_damage(run, name) is None for name in intact)
-        ballast.unlink()
+        with full(disk):
+            watched.wait_for(lambda: watched.texts("warning", "cannot be written"))
+            kept, step = find_checkpoints(run), watched.step
+            watched.wait_for(lambda: watched.step >= step + 2 * EVERY_STEPS)
+            intact = [name for name in find_checkpoints(run) if (run / CHECKPOINTS / name).exists(MANIFEST)]
+            assert intact and set(intact) <= set(kept)
+            assert all(find_damage(run, name) is None for name in intact)
         committed = len(watched.texts("checkpoint"))
         watched.wait_for(lambda: len(watched.texts("checkpoint")) > committed)
     for once in ("No space left", "written again"):
