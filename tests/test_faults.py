@@ -224,7 +224,7 @@ def test_a_node_that_dies_while_it_indexes_is_forgotten(tmp_path):
     settings = {"training__num_steps": 40, "cluster__num_workers": "1,2", "cluster__cpus_per_worker": 2}
     arguments = flags(run_dir, **settings, data__input_files=files)
     with cluster(2) as nodes, running(nodes.address, *arguments) as process:
-        doomed = nodes.worker_nodes[0]
+        doomed = next(iter(nodes.worker_nodes))
 
         def is_indexing():
             commands = descendants(raylet(doomed)).values()
