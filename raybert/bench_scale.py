@@ -29,7 +29,7 @@ from ray.train.v2.api.config import RunConfig, ScalingConfig
 
 from raybert import cluster, ingest
 from raybert.bench_data import batches_in_memory, build_index
-from raybert.checkpoint import Writer, find_checkpoints, host_copy, newest_checkpoint, open_checkpoint, restore
+from raybert.checkpoint import Writer, host_copy, restore
 from raybert.config import Config
 from raybert.feed import MIN_BLOCK_ROWS, Layout, RankBatch, rank_batches
 from raybert.figure import Figure, measured
@@ -37,6 +37,7 @@ from raybert.history import begin_attempt, to_lines
 from raybert.index import Index, index_shard
 from raybert.loop import Trail
 from raybert.loss import Sums
+from raybert.manifest import find_checkpoints, newest_checkpoint, open_checkpoint
 from raybert.model import BertForPreTraining
 from raybert.order import SampleOrder
 from raybert.preflight import sample_order, schema

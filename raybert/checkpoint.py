@@ -1,8 +1,7 @@
-"""Checkpoints: directories that hold all that a run is, at a step; complete or absent, verified on load, no pickle.
+"""Checkpoints: all that a run is, at a step, written behind the next steps and read back; no pickle.
 
 A checkpoint opens with transformers as it is (config.json, model.safetensors, the vocabulary). Beside these lie
-optimizer.safetensors, state.json and, written last, manifest.json with a digest of every other file: a directory
-without a manifest is not a checkpoint. It knows no world size.
+optimizer.safetensors and state.json; `manifest` says what makes a directory a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -30,32 +28,22 @@ from safetensors.torch import load_file, save_file
 from raybert.config import ModelConfig
 from raybert.errors import UserError
 from raybert.history import StepRecord, check_newest, write_records
+from raybert.manifest import (
+    CHECKPOINTS,
+    FORMAT_VERSION,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    Checkpoint,
+    checkpoint_name,
+    find_checkpoints,
+    place,
+)
 from raybert.pretrained import save_pretrained
 from raybert.retry import Wait, give_up, retry
 from raybert.step import TrainState
 from raybert.storage import Directory
-
-CHECKPOINTS = "checkpoints"
-MANIFEST, STATE, OPTIMIZER, MODEL = "manifest.json", "state.json", "optimizer.safetensors", "model.safetensors"
-FORMAT_VERSION = 1
-_NAME = re.compile(r"step-(\d{8,})-attempt-(\d{4,})")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint.
-
-    Args:
-        directory: where it is.
-        name: step-SSSSSSSS-attempt-AAAA.
-        step: global batches consumed.
-        state: content of state.json.
-    """
-
-    directory: Directory
-    name: str
-    step: int
-    state: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,10 +55,6 @@ class HostCopy:
     model: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     scaler: Mapping[str, Any]
-
-
-def checkpoint_name(step: int, attempt: int) -> str:
-    return f"step-{step:08d}-attempt-{attempt:04d}"
 
 
 def host_copy(state: TrainState) -> HostCopy:
@@ -92,70 +76,6 @@ def host_copy(state: TrainState) -> HostCopy:
 
 def _to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-def find_checkpoints(run: Directory) -> list[str]:
-    """Names of all checkpoint directories of a run, newest first, complete or not."""
-    names = [name for name in (run / CHECKPOINTS).names() if _NAME.fullmatch(name)]
-    return sorted(names, key=place, reverse=True)
-
-
-def place(name: str) -> tuple[int, int]:
-    """Step and attempt of a checkpoint's name.
-
-    Raises:
-        ValueError: it is no checkpoint's name.
-    """
-    match = _NAME.fullmatch(name)
-    if not match:
-        raise ValueError(f"{name!r} is no name of a checkpoint")
-    return int(match[1]), int(match[2])
-
-
-def newest_checkpoint(run: Directory, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest intact checkpoint of a run; damaged ones are passed over with a warning.
-
-    Raises:
-        OSError: the storage could not be read; never taken for "there is none".
-    """
-    for name in find_checkpoints(run):
-        directory = run / CHECKPOINTS / name
-        if not directory.exists(MANIFEST):
-            continue
-        damage = find_damage(run, name)
-        if damage is None:
-            return open_checkpoint(run, name)
-        warn(f"Checkpoint {directory.uri} is damaged ({damage}); falling back to the one before.")
-    return None
-
-
-def open_checkpoint(run: Directory, name: str) -> Checkpoint:
-    """A checkpoint that is known to be intact."""
-    directory = run / CHECKPOINTS / name
-    state = json.loads(directory.read(STATE))
-    return Checkpoint(directory, name, int(state["step"]), state)
-
-
-def find_damage(run: Directory, name: str) -> str | None:
-    """What is wrong with a checkpoint that has a manifest; None if it is intact."""
-    directory = run / CHECKPOINTS / name
-    try:
-        manifest = json.loads(directory.read(MANIFEST))
-        files, of = dict(manifest["files"]), (manifest["step"], manifest["attempt"])
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} is unreadable: {error!r}"
-    unlisted = {MODEL, OPTIMIZER, STATE} - files.keys()
-    if of != place(name) or unlisted:
-        what = f"lists no {min(unlisted)}" if unlisted else f"is of step {of[0]!r}, attempt {of[1]!r}"
-        return f"{MANIFEST} {what}"
-    for file, expected in files.items():
-        try:
-            found = directory.digest(file)
-        except FileNotFoundError:
-            return f"{file} is missing"
-        if found != expected:
-            return f"{file} has digest {found[:12]}, expected {str(expected)[:12]}"
-    return None
 
 
 def _digest(file: Path) -> str:

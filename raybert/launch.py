@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raybert import cluster, ingest, preflight
-from raybert.checkpoint import Checkpoint, newest_checkpoint
+from raybert.begin import Begin
 from raybert.compression import compression
 from raybert.config import ClusterConfig, Config
 from raybert.config_file import CONFIG, config_to_yaml
@@ -33,14 +33,16 @@ from raybert.events import Event
 from raybert.failures import StopRetrying, cause_of
 from raybert.gauges import Gauges
 from raybert.guard import RollbackError
+from raybert.inbox import Inbox, Post
 from raybert.index import INDEX, Index, Shard, check_shards, index_shard, write_list
 from raybert.ledger import Ledger, lines, read_ledger, summarize
+from raybert.manifest import Checkpoint, newest_checkpoint
 from raybert.peers import create_peers
 from raybert.retry import outlast_blip
 from raybert.starts import PatientTorchConfig
 from raybert.storage import Directory, File, find_files, local_file, open_input
 from raybert.telemetry import EVAL, read_metrics
-from raybert.worker import VOCABULARY, Begin, Job, train_ray_worker, train_worker
+from raybert.worker import VOCABULARY, Job, train_ray_worker, train_worker
 
 SKIPPED, BASELINES = "skipped_records.json", "baselines.json"
 POLL_S = 0.3
@@ -244,30 +246,6 @@ def _fit_here(job: Job) -> None:
             return
         except RollbackError as error:
             job.tell(Event("failure", text=str(error)))
-
-
-class Inbox:
-    """Events on their way from the workers to the driver."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-
-    def put(self, event: Event) -> None:
-        self._events.append(event)
-
-    def take(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-
-@dataclass(frozen=True)
-class Post:
-    """Sends events to an inbox, without waiting."""
-
-    inbox: Any
-
-    def __call__(self, event: Event) -> None:
-        self.inbox.put.remote(event)
 
 
 def _fit(job: Job, display: Display, ledger: Ledger) -> None:

@@ -24,15 +24,15 @@ import torch
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raybert.checkpoint import HostCopy, bring, host_copy, place
+from raybert.checkpoint import HostCopy, bring, host_copy
 from raybert.history import StepRecord
+from raybert.manifest import place
+from raybert.snapshot import CALL_S, Snapshot
 from raybert.step import TrainState
 from raybert.world import World
 
 NUM_NODES = 2  # that hold a snapshot
-TRIES = 2  # attempts that begin from one snapshot: it may be what they die of
 ANSWER_S = 2.0  # that a holder may take to say what it has; one on a dead node never does
-CALL_S = 20.0  # that beginning an attempt waits for an answer of Ray's actors
 MOVE_S = 120.0  # that the state may take from one process to another
 CLOSE_S = 5.0
 
@@ -41,17 +41,6 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 class SnapshotError(Exception):
     """A snapshot could not be loaded; the next attempt begins from another one, or from the newest checkpoint."""
-
-
-@dataclass(frozen=True, order=True)
-class Snapshot:
-    """Which snapshot: the state that an attempt had after `step` global batches."""
-
-    step: int
-    attempt: int
-
-    def __str__(self) -> str:
-        return f"snapshot at step {self.step} of attempt {self.attempt}"
 
 
 # Decisions

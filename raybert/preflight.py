@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from raybert.checkpoint import Checkpoint, newest_checkpoint
 from raybert.checks import check_config
 from raybert.config import Config
 from raybert.errors import UserError
 from raybert.example import Schema
 from raybert.feed import MIN_BLOCK_ROWS
 from raybert.index import Index
+from raybert.manifest import Checkpoint, newest_checkpoint
 from raybert.model import BertForPreTraining, check_model_config
 from raybert.optim import check_optimizer_config
 from raybert.order import SampleOrder, steps_per_window

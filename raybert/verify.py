@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from raybert import ledger, preflight
-from raybert.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, find_checkpoints, find_damage, open_checkpoint, place
 from raybert.config import Config
 from raybert.config_file import CONFIG, FIELDS, Setting, build_config, config_from_yaml
 from raybert.errors import UserError
@@ -35,6 +34,7 @@ from raybert.history import (
 )
 from raybert.index import INDEX, LIST, Index, Shard, cached_shard, index_shard, read_list
 from raybert.ledger import Summary, read_ledger, summarize
+from raybert.manifest import CHECKPOINTS, MANIFEST, Checkpoint, find_checkpoints, find_damage, open_checkpoint, place
 from raybert.order import SampleOrder, Samples, rank_slice
 from raybert.storage import Directory, absolute, find_files
 

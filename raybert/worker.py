@@ -7,9 +7,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,30 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.exceptions import RayError
 from ray.train.torch import get_device
 
 from raybert import ingest
+from raybert.begin import Begin
 from raybert.cadence import Past, past
-from raybert.checkpoint import Saver, Writer, newest_checkpoint, open_checkpoint, place, restore
+from raybert.checkpoint import Saver, Writer, restore
 from raybert.config import Config
 from raybert.errors import UserError
 from raybert.evaluate import evaluate
 from raybert.events import Event, Tell
 from raybert.failures import AT_STEP
 from raybert.feed import Layout, RankBatch, local_batches, rank_batches
-from raybert.guard import RollbackError, bar, check_rollbacks, newest_rollback, read_barred, reasons, spelt
-from raybert.history import Attempt, StepRecord, begin_attempt, newest_attempt, read_attempts
+from raybert.guard import RollbackError, bar, check_rollbacks, reasons
+from raybert.history import Attempt, StepRecord, newest_attempt
 from raybert.hold import HOLD, HOLD_S
 from raybert.index import Index
 from raybert.ledger import read_ledger
 from raybert.loop import train
+from raybert.manifest import open_checkpoint, place
 from raybert.order import SampleOrder
-from raybert.peers import CALL_S, TRIES, Sender, Snapshot, resume, sender
+from raybert.peers import Sender, resume, sender
 from raybert.pretrained import load_pretrained
 from raybert.retry import outlast_blip
+from raybert.snapshot import Snapshot
 from raybert.step import TrainState, create_state, settle_buckets
 from raybert.storage import Directory
 from raybert.telemetry import EVAL, TRAIN, Telemetry, training_summary
@@ -71,51 +72,6 @@ class Job:
     identity: Mapping[str, Any]
     tell: Tell
     peers: Any = None
-
-
-@dataclass(frozen=True)
-class Begin:
-    """Begins attempts of a run at its newest intact checkpoint, or a snapshot after it; the one decision about that."""
-
-    run: Directory
-    tell: Tell
-    peers: Any = None
-
-    def __call__(self, world_size: int) -> Attempt:
-        checkpoint = outlast_blip(lambda: newest_checkpoint(self.run, self._warn))
-        step, name = (checkpoint.step, checkpoint.name) if checkpoint else (0, None)
-        barred = outlast_blip(lambda: read_barred(self.run))
-        metrics, text, snapshot = {"committed_step": step}, name or "", None
-        found = self._snapshot(step)
-        if found is not None:
-            (step, snapshot), name, text = astuple(found[0]), found[1], str(found[0])
-        attempt = outlast_blip(lambda: begin_attempt(self.run, world_size, step, name, barred, snapshot))
-        metrics |= {"number": attempt.number, "world_size": world_size}
-        self.tell(Event("attempt", step, text, metrics))
-        for first, stop, reason in barred:
-            if max(first, step) < stop:
-                self._warn(f"{spelt(max(first, step), stop)} will make no update: {reason}.")
-        return attempt
-
-    def _snapshot(self, committed_step: int) -> tuple[Snapshot, str | None] | None:
-        """The snapshot to begin from, and the checkpoint that it stands on; None: begin from the newest checkpoint."""
-        if self.peers is None:
-            return None
-        attempts = outlast_blip(lambda: read_attempts(self.run))
-        begun = Counter(Snapshot(one.start_step, one.snapshot) for one in attempts if one.snapshot is not None)
-        tried = [snapshot for snapshot, number in begun.items() if number >= TRIES]
-        rolled_back = outlast_blip(lambda: newest_rollback(self.run))
-        try:
-            found: tuple[Snapshot, str | None] | None = ray.get(
-                self.peers.find.remote(committed_step, rolled_back, tried), timeout=CALL_S
-            )
-        except RayError as error:
-            self._warn(f"Snapshots are not used, since nobody knows of them any more: {error}")
-            return None
-        return found
-
-    def _warn(self, text: str) -> None:
-        self.tell(Event("warning", text=text))
 
 
 def train_worker(job: Job) -> None:

@@ -32,7 +32,7 @@ from nodes import (
 )
 from runs import flags
 
-from raybert.checkpoint import CHECKPOINTS, MANIFEST, MODEL, find_checkpoints
+from raybert.manifest import CHECKPOINTS, MANIFEST, MODEL, find_checkpoints
 from raybert.storage import Directory
 
 CONTROLLER = "ray::TrainController"

@@ -7,8 +7,8 @@ from helpers import SAMPLE_FILE
 from nodes import finish, running
 from safetensors.torch import load_file
 
-from raybert.checkpoint import MODEL, newest_checkpoint
 from raybert.history import read_history, samples_checksum
+from raybert.manifest import MODEL, newest_checkpoint
 from raybert.order import SampleOrder, rank_slice, steps_per_window
 from raybert.storage import Directory
 

@@ -16,26 +16,22 @@ import transformers
 from helpers import TINY_MODEL
 
 from raybert import retry
-from raybert.checkpoint import (
+from raybert.checkpoint import HostCopy, Saver, Writer, host_copy, restore
+from raybert.config import OptimizerConfig, TrainingConfig
+from raybert.errors import UserError
+from raybert.feed import Layout, local_batches
+from raybert.history import ATTEMPTS, FencedError, StepRecord, begin_attempt, read_history
+from raybert.manifest import (
     CHECKPOINTS,
     MANIFEST,
     MODEL,
     OPTIMIZER,
     STATE,
-    HostCopy,
-    Saver,
-    Writer,
     checkpoint_name,
     find_checkpoints,
-    host_copy,
     newest_checkpoint,
     open_checkpoint,
-    restore,
 )
-from raybert.config import OptimizerConfig, TrainingConfig
-from raybert.errors import UserError
-from raybert.feed import Layout, local_batches
-from raybert.history import ATTEMPTS, FencedError, StepRecord, begin_attempt, read_history
 from raybert.order import SampleOrder
 from raybert.step import create_state, train_step
 from raybert.storage import Directory

@@ -18,9 +18,9 @@ from nodes import attempts, cluster, descendants, finish, running, shown_steps, 
 from outages import UPLOADS, faulty_store, full, small_disk
 from runs import assert_exactly_once, changes, flags, last_weights, relative_distance, undisturbed_weights
 
-from raybert.checkpoint import newest_checkpoint, place
 from raybert.cli import main
 from raybert.history import read_attempts, read_history
+from raybert.manifest import newest_checkpoint, place
 from raybert.storage import Directory
 
 CHECKPOINT_STEPS = 5  # of runs.SETTINGS

@@ -19,7 +19,6 @@ from runs import assert_exactly_once, flags, last_weights
 from test_loop import Observed
 
 from raybert import loop, worker
-from raybert.checkpoint import newest_checkpoint
 from raybert.cli import main
 from raybert.config import GuardConfig
 from raybert.config_file import config_to_yaml
@@ -28,6 +27,7 @@ from raybert.feed import Layout, local_batches
 from raybert.guard import GUARDS, Guard, Judged, RollbackError, bar, check_rollbacks, is_spike, read_barred, reasons
 from raybert.history import FencedError, begin_attempt, read_attempts, read_history
 from raybert.lookout import awaited
+from raybert.manifest import newest_checkpoint
 from raybert.order import SampleOrder
 from raybert.progress import described
 from raybert.step import create_state, settle_buckets

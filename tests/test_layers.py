@@ -1,6 +1,8 @@
 """Imports go downward only, so that all below the edge runs on a laptop, and on a GPU machine without Ray."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,17 +17,19 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
         "errors",
         "events",
         "hold",
+        "inbox",
         "jit",
         "notice",
         "order",
         "progress",
         "retry",
+        "snapshot",
         "straggler",
     ),
     ("checks", "config_file", "crc", "display", "flops", "model_garden", "storage"),
-    ("compression", "history", "ledger"),
+    ("compression", "history", "ledger", "manifest"),
     ("cadence", "guard", "tfrecord"),
-    ("example",),
+    ("begin", "example"),
     ("index",),
     ("feed",),
     ("batch", "loss", "model", "optim", "stopwatch", "world"),
@@ -50,6 +54,7 @@ PURE = {module for module, level in LEVELS.items() if level <= LEVELS["feed"]}
 ONLY = {  # what only these may import
     "ray": {
         "agent",
+        "begin",
         "bench_ray",
         "bench_scale",
         "cluster",
@@ -119,3 +124,10 @@ def test_the_test_sees_imports():
     )
     assert list(imports(source)) == ["ray.data", "torch.distributed", "raybert.feed", "raybert.loop"]
     assert own_imports(source) == {"feed", "loop"}
+
+
+def test_the_process_that_all_workers_wait_for_imports_no_torch():
+    """It starts with every group of them; torch takes a second."""
+    code = "import sys, raybert.begin, raybert.inbox, raybert.ingest; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

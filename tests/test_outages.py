@@ -14,8 +14,8 @@ from helpers import tiny_config, tiny_index
 from outages import UPLOADS, faulty_store, full, small_disk
 
 from raybert import retry, storage
-from raybert.checkpoint import CHECKPOINTS, MANIFEST, MODEL, find_checkpoints, find_damage, newest_checkpoint
 from raybert.history import ATTEMPTS, read_history
+from raybert.manifest import CHECKPOINTS, MANIFEST, MODEL, find_checkpoints, find_damage, newest_checkpoint
 from raybert.order import SampleOrder
 from raybert.preflight import identity
 from raybert.storage import Directory

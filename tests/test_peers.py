@@ -13,13 +13,14 @@ from nodes import cluster, descendants, finish, running
 from ranks import run_ranks
 from runs import assert_exactly_once, flags, last_weights, relative_distance
 
-from raybert.checkpoint import Saver, Writer, find_checkpoints, host_copy
+from raybert.checkpoint import Saver, Writer, host_copy
 from raybert.config import OptimizerConfig
 from raybert.errors import UserError
 from raybert.feed import Layout, local_batches
 from raybert.guard import RollbackError, bar, newest_rollback
 from raybert.history import Attempt, StepRecord, begin_attempt, read_attempts, read_history, trained_by
 from raybert.loop import train
+from raybert.manifest import find_checkpoints
 from raybert.order import SampleOrder
 from raybert.peers import NUM_NODES, Parcel, Peers, Snapshot, Trail, load, newest_usable, savers
 from raybert.step import create_state, settle_buckets

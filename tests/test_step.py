@@ -9,10 +9,11 @@ import torch
 from helpers import DATA, TINY_MODEL
 from ranks import run_ranks
 
-from raybert.checkpoint import Writer, host_copy, open_checkpoint, restore
+from raybert.checkpoint import Writer, host_copy, restore
 from raybert.config import OptimizerConfig, TrainingConfig
 from raybert.feed import Layout, local_batches
 from raybert.history import begin_attempt
+from raybert.manifest import open_checkpoint
 from raybert.order import SampleOrder
 from raybert.step import _backward, create_state, settle_buckets, train_step
 from raybert.storage import Directory

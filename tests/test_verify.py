@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from helpers import tiny_config, write_samples
 
-from raybert.checkpoint import CHECKPOINTS, MANIFEST, MODEL, OPTIMIZER, STATE, find_checkpoints
 from raybert.cli import main
 from raybert.config_file import CONFIG, config_to_yaml
 from raybert.errors import UserError
 from raybert.history import ATTEMPTS, RECORDS, begin_attempt
 from raybert.index import INDEX, LIST
+from raybert.manifest import CHECKPOINTS, MANIFEST, MODEL, OPTIMIZER, STATE, find_checkpoints
 from raybert.storage import Directory
 from raybert.verify import CANNOT_SAY, DOES_NOT_HOLD, HOLDS, lines, verify
 
