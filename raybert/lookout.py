@@ -6,6 +6,7 @@ that nobody joins ends by its timeout. Neither says in a person's words which ra
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -41,8 +42,14 @@ class Lookout:
         self._heard_at_s: dict[int, float] = {}
         self._places: dict[int, Place] = {}
         self._since_s = self._clock()
+        self._moving_at_s = math.inf
         self._named: set[int] = set()
         self._killed: set[int] = set()
+
+    @property
+    def trained_s(self) -> float:
+        """Seconds since a worker was first seen to go from one step to the next; 0 before."""
+        return max(0.0, self._clock() - self._moving_at_s)
 
     def look(self, workers: Sequence[Any]) -> None:
         """Take the answers there are, ask again, and name whom that shows; called at every poll.
@@ -77,7 +84,10 @@ class Lookout:
             del self._asked[rank]
             self._heard_at_s[rank] = now_s
             try:
-                self._places[rank] = ray.get(reply)
+                place = ray.get(reply)
+                if self._places.get(rank, place)[0] not in (-1, place[0]):
+                    self._moving_at_s = min(self._moving_at_s, now_s)
+                self._places[rank] = place
             except RayError:  # it died: Ray Train's next poll says so
                 self._places.pop(rank, None)
 

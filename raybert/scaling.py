@@ -40,7 +40,7 @@ KNOCK_S = 2.0  # that a node may take to answer
 CALL_S = 5.0  # that Ray's actors may take to answer
 LOOK_S = 2.0  # between two looks at how many workers there is room for while they run
 IDLE_S = 0.2  # between two looks while there is no room; Ray's controller itself would not pause
-CALM_S = 15.0  # after the start of a group, which has other things to do until it trains
+CALM_S = 10.0  # of training, after which processes for the next group are started: not while this one starts
 SETTLE_S = 5.0  # that a run which begins waits for more nodes than it needs at least, once they stop coming
 RELEASE_S = 3.0  # that what workers held may take to be free after their end
 ASK_AGAIN_S = 2.0  # after a checkpoint that was asked for could not be written
@@ -192,7 +192,7 @@ class CheckpointedScaling(ElasticScalingPolicy):
             self._possible, self._looked_at_s = self._possible_workers(nodes, own), time.monotonic()
         number = size if self._possible is None else self._possible
         lasts_s = self._wishes.held_s(number)
-        if self._keeps_spares and (number != size or time.monotonic() - group.start_time >= CALM_S):
+        if self._keeps_spares and self._lookout.trained_s >= CALM_S:
             self._keep_spares(nodes)
         is_wanted = is_leaving or (number != size and lasts_s >= self.scaling_config.elastic_resize_monitor_interval_s)
         if not is_wanted or number < self.scaling_config.min_workers:

@@ -1,6 +1,7 @@
 """Faults that are put into a running run, and how fast it is back; the same for tests and for the soak.
 
-python tests/faults.py --minutes 30 --seed 1      a fault about every minute, drawn from the seed; prints what it saw
+python tests/faults.py soak --minutes 30 --seed 1   a fault about every minute, drawn from the seed; prints what it saw
+python tests/faults.py figures --rounds 3           what each fault costs, and the same with Ray's own policy: a table
 """
 
 import argparse
@@ -8,6 +9,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,7 @@ from raybert.storage import Directory
 
 CONTROLLER = "ray::TrainController"
 OF_A_RUN = ("ray::RayTrainWorker", CONTROLLER, "ray::DatasetManager", "ray::SplitCoordinator", "ray::Inbox")
+WINDOW = 8192  # samples, of long runs: a small fraction of them are needed at once, as in real ones
 LEAVE_S = 15.0  # that processes of a run may outlive it
 
 
@@ -47,12 +50,14 @@ class Recovery:
     Args:
         fault: its name.
         back_s: seconds from the fault to the first step of the attempt after it.
+        stopped_s: seconds from the last step before to that one.
         redone: steps that were trained again.
         world_size: of the attempt after it.
     """
 
     fault: str
     back_s: float
+    stopped_s: float
     redone: int
     world_size: int
 
@@ -181,17 +186,18 @@ class Scene:
         number, before = len(attempts(self.run_dir)), self.pids()
         began_s = time.monotonic()
         getattr(self, fault)(rank)
-        reached = logged_steps(self.run_dir)[-1]
+        reached, reached_at_s = logged_steps(self.run_dir)[-1], began_s
         while True:
             rows, steps = attempts(self.run_dir), logged_steps(self.run_dir)
-            if len(rows) == number:
-                reached = max(reached, *steps)
-            elif steps and rows[-1][1] < steps[-1] < rows[-1][1] + 3:
+            if len(rows) == number and steps[-1] > reached:
+                reached, reached_at_s = steps[-1], time.monotonic()
+            elif len(rows) > number and steps and rows[-1][1] < steps[-1] < rows[-1][1] + 3:
                 break
             assert self.process.poll() is None, self.process.read_output()
             assert time.monotonic() < began_s + timeout_s, f"{fault}: timed out\n{self.process.read_output()}"
             time.sleep(0.05)
-        recovery = Recovery(fault, time.monotonic() - began_s, max(0, reached - rows[number][1]), rows[-1][0])
+        now_s, redone = time.monotonic(), max(0, reached - rows[number][1])
+        recovery = Recovery(fault, now_s - began_s, now_s - reached_at_s, redone, rows[-1][0])
         assert not any(map(is_alive, before)), f"{fault}: workers of before are there, too"
         print(recovery, f"load {os.getloadavg()[0]:.1f}", flush=True)
         return recovery
@@ -276,7 +282,7 @@ def soak(minutes, seed, num_nodes=3):
     draw, until_s = random.Random(seed), time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as directory:
         num_steps = round(minutes * 60 * 3)  # more than the pace allows in that time
-        settings = {"training__num_steps": num_steps, "checkpoint__every_steps": 20}
+        settings = {"training__num_steps": num_steps, "checkpoint__every_steps": 20, "data__window_size": WINDOW}
         with scene(directory, num_nodes, **settings) as stage:
             while time.monotonic() < until_s:
                 stage.recover(draw_fault(draw, len(stage.nodes.worker_nodes)), draw.randrange(num_nodes))
@@ -293,9 +299,45 @@ FAULTS = ("kill_worker", "kill_node", "replace_node", "drain_node", "kill_two", 
 FAULTS += ("kill_controller", "kill_driver")
 LOST_NODES = {"kill_node": 1, "drain_node": 1, "kill_two": 1, "join": -1}
 
+FIGURES = {"notice to a node": "drain_node", "a node joins": "join", "a node dies": "kill_node"}
+QUIET_S = 40.0  # between two faults, so that each meets a run that has settled
+
+
+def figures(rounds):
+    """Print what each fault cost, the median of some rounds and their range, with our policy and with Ray's."""
+    print("| what | policy | seconds to the next step | in which nobody trains | steps redone |")
+    print("| --- | --- | --- | --- | --- |")
+    for policy in ("raybert's", "Ray's"):
+        seen = {name: [] for name in FIGURES}
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as directory:
+                environment = os.environ | ({"RAYBERT_TEST_STOCK": "1"} if policy == "Ray's" else {})
+                settings = {"training__num_steps": 10_000, "data__window_size": WINDOW}
+                with scene(directory, 2, environment=environment, **settings) as stage:
+                    for name, fault in FIGURES.items():
+                        time.sleep(QUIET_S)
+                        seen[name].append(stage.recover(fault, timeout_s=300))
+        for name, recoveries in seen.items():
+            columns = [spread(getattr(one, field) for one in recoveries) for field in ("back_s", "stopped_s", "redone")]
+            print(f"| {name} | {policy} | {' | '.join(columns)} |", flush=True)
+    return 0
+
+
+def spread(values):
+    """Median and range, for a table."""
+    values = sorted(values)
+    return f"{statistics.median(values):.1f} ({values[0]:.1f} to {values[-1]:.1f})"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A run under faults.")
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--seed", type=int, default=1)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("soak")
+    command.add_argument("--minutes", type=float, default=30)
+    command.add_argument("--seed", type=int, default=1)
+    command.set_defaults(run=lambda given: soak(given.minutes, given.seed))
+    command = commands.add_parser("figures")
+    command.add_argument("--rounds", type=int, default=3)
+    command.set_defaults(run=lambda given: figures(given.rounds))
     given = parser.parse_args()
-    sys.exit(soak(given.minutes, given.seed))
+    sys.exit(given.run(given))

@@ -2,7 +2,7 @@
 
 The file holds the seconds that every step of every worker takes at least, so that a test can meet a run half-way and
 then let it go, whatever the machine's speed. Beside it, `rank-N` holds the process id of rank N. All else is the real
-thing.
+thing, but for Ray's own scaling policy where the variable RAYBERT_TEST_STOCK is set, to compare with.
 """
 
 import os
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import ray.train
+from ray.train.torch import TorchTrainer
 
 from raybert import cli, launch, loop
 from raybert.worker import Job, train_ray_worker
@@ -34,4 +35,6 @@ def paced_worker(job: Job) -> None:
 
 if __name__ == "__main__":
     launch.train_ray_worker = paced_worker
+    if "RAYBERT_TEST_STOCK" in os.environ:
+        launch._trainer_class = lambda *_: TorchTrainer
     sys.exit(cli.main(sys.argv[2:]))
