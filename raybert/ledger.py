@@ -247,19 +247,21 @@ class Spent:
         useful: in steps that are in the result.
         redone: in steps that had to be done again, or that no checkpoint carries.
         starting: from an attempt's begin to its first step: workers, weights, the feed.
-        waiting: without an attempt: the driver's start, between attempts, for nodes.
+        preparing: from a driver's begin to its first attempt: Ray, the index, nodes that are not there yet.
+        waiting: between attempts, and after the last.
         other: evaluation, waiting for checkpoints, and from an attempt's last reported step to its end.
     """
 
     useful: float = 0.0
     redone: float = 0.0
     starting: float = 0.0
+    preparing: float = 0.0
     waiting: float = 0.0
     other: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.useful + self.redone + self.starting + self.waiting + self.other
+        return self.useful + self.redone + self.starting + self.preparing + self.waiting + self.other
 
     def __add__(self, more: Spent) -> Spent:
         return Spent(*(a + b for a, b in zip(asdict(self).values(), asdict(more).values(), strict=True)))
@@ -299,7 +301,7 @@ class Summary:
         wall_s: seconds in which the run had a driver, from its begin to its end.
         stopped_s: seconds between drivers, not in `wall_s`.
         seconds: wall seconds by what they were spent on; their sum is `wall_s`.
-        worker_seconds: the same, times workers (GPU-seconds where each has one). While waiting as many count as were
+        worker_seconds: the same, times workers (GPU-seconds where each has one). While none live as many count as were
             there before and after.
         restarts: attempts after the first.
         useful_steps: steps in the result.
@@ -377,14 +379,15 @@ def _spent_in_attempts(entries: Sequence[Entry], kept: Sequence[int]) -> Iterato
         training_s = entry.training_s * num_steps / entry.timed_steps if entry.timed_steps else 0.0
         training_s = min(training_s, lived_s - starting_s)
         useful_s = training_s * num_kept / num_steps if num_steps else 0.0
-        spent = Spent(useful_s, training_s - useful_s, starting_s, 0.0, lived_s - starting_s - training_s)
+        other_s = lived_s - starting_s - training_s
+        spent = Spent(useful_s, training_s - useful_s, starting_s, other=other_s)
         yield spent, entry.world_size
 
 
 def _waited(driver: Sequence[Entry]) -> Iterator[tuple[Spent, int]]:
     """What a driver waited before, between and after its attempts, and how many workers were there."""
     first, last = driver[0], driver[-1]
-    yield Spent(waiting=max(0.0, first.began_at_s - first.driver_began_at_s)), first.world_size
+    yield Spent(preparing=max(0.0, first.began_at_s - first.driver_began_at_s)), first.world_size
     for before, after in itertools.pairwise(driver):
         waited_s = max(0.0, after.began_at_s - before.stopped_at_s)
         yield Spent(waiting=waited_s), min(before.world_size, after.world_size)
@@ -423,7 +426,8 @@ def lines(summary: Summary) -> Iterator[str]:
         f"{restarts}, {redone} done again"
     )
     rest = {
-        "starting": seconds.starting,
+        "preparing (Ray, index)": seconds.preparing,
+        "starting workers": seconds.starting,
         "waiting": seconds.waiting,
         "done again": seconds.redone,
         "evaluation and other": seconds.other,

@@ -106,7 +106,8 @@ def test_seconds_by_state_add_up_to_the_wall_time(run):
             "useful": 16 + 48,
             "redone": 4,
             "starting": 5 + 10,
-            "waiting": 10 + 20,
+            "preparing": 10,
+            "waiting": 20,
             "other": 5 + 2,  # from step 10 to the failure; from step 20 to the end
         }
     )
@@ -124,7 +125,14 @@ def test_worker_seconds_are_what_a_price_is_for(run):
     summary = summarize(read_ledger(run), price_per_worker_hour=36)
     # 20 s between the attempts: one worker was there before and after.
     assert asdict(summary.worker_seconds) == pytest.approx(
-        {"useful": 2 * 16 + 48, "redone": 2 * 4, "starting": 2 * 5 + 10, "waiting": 2 * 10 + 20, "other": 2 * 5 + 2}
+        {
+            "useful": 2 * 16 + 48,
+            "redone": 2 * 4,
+            "starting": 2 * 5 + 10,
+            "preparing": 2 * 10,
+            "waiting": 20,
+            "other": 2 * 5 + 2,
+        }
     )
     assert summary.cost == pytest.approx(0.01 * summary.worker_seconds.total) == pytest.approx(1.6)
     assert summary.useful_cost == pytest.approx(0.8)
@@ -136,7 +144,8 @@ def test_three_lines_for_a_person(run):
     entries = read_ledger(run)
     first, second = lines(summarize(entries))
     assert first == "Goodput 53.3 %: 64 s of 120 s; 1 restart, 2 steps done again"
-    assert second == "  the rest: 15 s starting, 30 s waiting, 4 s done again, 7 s evaluation and other"
+    rest = "10 s preparing (Ray, index), 15 s starting workers, 20 s waiting, 4 s done again, 7 s evaluation and other"
+    assert second == f"  the rest: {rest}"
     *_, third = lines(summarize(entries, 36))
     assert third == "  cost 1.60 (0.04 worker hours at 36), of it 0.80 useful"
 
@@ -196,7 +205,8 @@ def test_a_driver_that_waits_for_nodes_is_seen_too(run):
     driver.at(1600).ledger.end(INTERRUPTED)
     (entry,) = read_ledger(run)
     assert (entry.reason, entry.ended_at_s, entry.seen_at_s) == ("a worker died", 1020, 1600)
-    assert summarize([entry]).seconds.waiting == 10 + 580
+    seconds = summarize([entry]).seconds
+    assert (seconds.preparing, seconds.waiting) == (10, 580)
 
 
 @pytest.mark.parametrize("text", ["drain", "grow", "there are more nodes: from 2 to 3 workers"])
