@@ -114,6 +114,11 @@ def _check_workers(config: Config) -> None:
         raise UserError(
             f"cluster.num_workers may be 0 only alone (training in this process), got {workers!r}; write '1,{high}'."
         )
+    if high == 0 < config.checkpoint.snapshot_every_steps:
+        raise UserError(
+            f"checkpoint.snapshot_every_steps needs workers whose loss it is for, got snapshot_every_steps="
+            f"{config.checkpoint.snapshot_every_steps} and cluster.num_workers=0; set it to 0, or give workers."
+        )
     if config.training.global_batch_size < high:
         raise UserError(
             f"training.global_batch_size must be at least the largest number of workers, got "

@@ -56,7 +56,7 @@ class Display:
         elif event.kind == "warning":
             self.line(f"warning: {event.text}", "yellow")
         elif event.kind == "failure":
-            self.warn(f"attempt failed, {event.text}; the next begins at the newest checkpoint.")
+            self.warn(f"attempt failed, {event.text}; another one begins.")
         elif event.kind in ("resize", "note"):
             self.line(event.text)
         else:

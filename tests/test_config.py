@@ -388,6 +388,10 @@ def test_model_garden_refusal_names_the_flag(argv: list[str], message: str) -> N
         (Config(cluster=ClusterConfig(num_workers=-1)), "got -1"),
         (Config(cluster=ClusterConfig(num_workers="")), "got ''"),
         (Config(cluster=ClusterConfig(num_workers="4,1")), "min <= max; min=4 and max=1; write '1,4'"),
+        (
+            Config(cluster=ClusterConfig(num_workers=0), checkpoint=CheckpointConfig(snapshot_every_steps=5)),
+            "snapshot_every_steps=5 and cluster.num_workers=0; set it to 0",
+        ),
         (Config(cluster=ClusterConfig(num_workers="0,3")), "may be 0 only alone; got '0,3'; write '1,3'"),
         (
             Config(cluster=ClusterConfig(num_workers=257)),

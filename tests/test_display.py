@@ -111,7 +111,7 @@ def test_a_duration(seconds, text):
 
 def test_why_an_attempt_ends():
     lines = shown([Event("failure", text="a worker died"), Event("resize", text="there are more nodes")]).splitlines()
-    failed = "warning: attempt failed, a worker died; the next begins at the newest checkpoint."
+    failed = "warning: attempt failed, a worker died; another one begins."
     assert lines == [failed, "there are more nodes"]
 
 
