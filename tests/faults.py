@@ -266,15 +266,16 @@ def seeded_schedule(seed, num_faults, every_steps, num_nodes):
     """Faults about every so many steps, as (step, rank, fault); a node joins where there would be too few."""
     draw, schedule, left = random.Random(seed), [], num_nodes
     for number in range(1, num_faults + 1):
-        fault = draw_fault(draw, left)
+        fault = draw_fault(draw, left, num_nodes)
         left -= LOST_NODES.get(fault, 0)
         schedule.append((number * every_steps + draw.randrange(every_steps // 2), draw.randrange(num_nodes), fault))
     return schedule
 
 
-def draw_fault(draw, num_nodes):
-    """A fault by chance, or another node where there are fewer than two."""
-    return "join" if num_nodes < 2 else draw.choice(FAULTS)
+def draw_fault(draw, num_nodes, most_nodes):
+    """A fault by chance: another node where there are fewer than two, none where there are as many as workers."""
+    possible = [fault for fault in FAULTS if fault != "join" or num_nodes < most_nodes]
+    return "join" if num_nodes < 2 else draw.choice(possible)
 
 
 def soak(minutes, seed, num_nodes=3):
@@ -285,7 +286,7 @@ def soak(minutes, seed, num_nodes=3):
         settings = {"training__num_steps": num_steps, "checkpoint__every_steps": 20, "data__window_size": WINDOW}
         with scene(directory, num_nodes, **settings) as stage:
             while time.monotonic() < until_s:
-                stage.recover(draw_fault(draw, len(stage.nodes.worker_nodes)), draw.randrange(num_nodes))
+                stage.recover(draw_fault(draw, len(stage.nodes.worker_nodes), num_nodes), draw.randrange(num_nodes))
                 time.sleep(draw.uniform(20, 60))
             stage.pace.write_text("0")
             code = stage.process.wait(3600)
