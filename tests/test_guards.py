@@ -18,7 +18,7 @@ from ranks import run_ranks
 from runs import assert_exactly_once, flags, last_weights
 from test_loop import Observed
 
-from raybert import loop, worker
+from raybert import begin, loop, worker
 from raybert.cli import main
 from raybert.config import GuardConfig
 from raybert.config_file import config_to_yaml
@@ -274,7 +274,7 @@ def test_a_spike_is_left_out_as_if_from_the_beginning(train, monkeypatch, capsys
     assert [(attempt.number, attempt.start_step) for attempt in read_attempts(run)] == [(1, 0), (2, 8)]
     assert "warning: attempt failed, rolled back: loss spike at step 9; step 9 will make no update" in said
     assert "warning: step 9 will make no update: loss spike at step 9." in said
-    monkeypatch.setattr(worker, "read_barred", lambda run: ((first, stop, reason),))
+    monkeypatch.setattr(begin, "read_barred", lambda run: ((first, stop, reason),))
     code, whole = train("whole")
     assert code == 0 and len(read_attempts(whole)) == 1
     assert torch.equal(last_weights(run.path), last_weights(whole.path))
@@ -286,7 +286,7 @@ def test_a_spike_is_left_out_as_if_from_the_beginning(train, monkeypatch, capsys
 def test_a_resume_amid_barred_steps(train, monkeypatch, stop_at):
     """The run ends and goes on before, between and after the steps 9 to 11; learning rates are those of 16 steps."""
     barred = ((9, 12, "barred"),)
-    monkeypatch.setattr(worker, "read_barred", lambda run: barred)
+    monkeypatch.setattr(begin, "read_barred", lambda run: barred)
     _, whole = train("whole")
 
     real = worker.train
