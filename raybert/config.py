@@ -156,6 +156,8 @@ class ClusterConfig:
     """Seconds after which a hanging collective is an error."""
     hang_timeout_s: float = 120.0
     """Seconds after which a worker that does not answer is killed and replaced; after half of them it is named."""
+    keep_spares: bool = True
+    """On a cluster, keep a process ready beside each worker, so that another attempt starts in seconds; 0.5 GB each."""
     price_per_worker_hour: float | None = None
     """What a worker costs an hour, in any currency; the summary of a run then says what the run has cost."""
 

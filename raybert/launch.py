@@ -353,7 +353,7 @@ def _trainer_class(config: ClusterConfig, post: Post, warn: Callable[[str], None
         return TorchTrainer
     # Ray's watcher would take a node's notice out of the policy's hands, and wait until the node is gone.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    keeps_spares = not cluster.is_local()  # whose nodes are this one, with other things to do
+    keeps_spares = config.keep_spares and not cluster.is_local()  # where this machine has other things to do
     return partial(scaling.ElasticTrainer, tell=post, hang_timeout_s=config.hang_timeout_s, keeps_spares=keeps_spares)
 
 

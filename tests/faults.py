@@ -39,7 +39,7 @@ from raybert.storage import Directory
 
 CONTROLLER = "ray::TrainController"
 OF_A_RUN = ("ray::RayTrainWorker", CONTROLLER, "ray::DatasetManager", "ray::SplitCoordinator", "ray::Inbox")
-WINDOW = 8192  # samples, of long runs: a small fraction of them are needed at once, as in real ones
+LONG = {"data__window_size": 8192, "cluster__keep_spares": "true"}  # settings of long runs: as in real ones
 LEAVE_S = 15.0  # that processes of a run may outlive it
 
 
@@ -283,7 +283,7 @@ def soak(minutes, seed, num_nodes=3):
     draw, until_s = random.Random(seed), time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as directory:
         num_steps = round(minutes * 60 * 3)  # more than the pace allows in that time
-        settings = {"training__num_steps": num_steps, "checkpoint__every_steps": 20, "data__window_size": WINDOW}
+        settings = {"training__num_steps": num_steps, "checkpoint__every_steps": 20, **LONG}
         with scene(directory, num_nodes, **settings) as stage:
             while time.monotonic() < until_s:
                 stage.recover(draw_fault(draw, len(stage.nodes.worker_nodes), num_nodes), draw.randrange(num_nodes))
@@ -313,7 +313,7 @@ def figures(rounds):
         for _ in range(rounds):
             with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as directory:
                 environment = os.environ | ({"RAYBERT_TEST_STOCK": "1"} if policy == "Ray's" else {})
-                settings = {"training__num_steps": 10_000, "data__window_size": WINDOW}
+                settings = {"training__num_steps": 10_000, **LONG}
                 with scene(directory, 2, environment=environment, **settings) as stage:
                     for name, fault in FIGURES.items():
                         time.sleep(QUIET_S)

@@ -29,6 +29,7 @@ SETTINGS = {
     "checkpoint.every_steps": 5,
     "cluster.resize_check_s": 3,
     "cluster.start_timeout_s": 5,
+    "cluster.keep_spares": "false",  # all nodes are this machine
 }
 
 

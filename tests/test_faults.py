@@ -68,11 +68,13 @@ def two_workers(directory, index, weights, **settings):
     assert torch.equal(last_weights(stage.run_dir), weights)
 
 
+@pytest.mark.nightly
 def test_without_its_controller_a_run_ends_and_the_same_command_resumes_it(tmp_path, sample_index, weights_of_two):
     with two_workers(tmp_path, sample_index, weights_of_two) as stage:
         assert stage.recover("kill_controller").redone <= REDONE
 
 
+@pytest.mark.nightly
 def test_a_flipped_byte_costs_one_more_checkpoint(tmp_path, sample_index, weights_of_two):
     """The run goes on from the checkpoint before it, and is fed from that one's step on."""
     with two_workers(tmp_path, sample_index, weights_of_two) as stage:
@@ -129,7 +131,7 @@ def test_a_full_disk_and_then_a_lost_worker_are_forgotten(tmp_path, sample_index
 def test_notice_to_the_first_ranks_node_and_a_joining_node_cost_no_step(tmp_path, sample_index, undisturbed):
     """2 -> 1 -> 2 workers: every step is trained once, not only once in the history."""
     num_steps = 150
-    with scene(tmp_path, 2, training__num_steps=num_steps) as stage:
+    with scene(tmp_path, 2, training__num_steps=num_steps, cluster__keep_spares="true") as stage:
         assert stage.recover("drain_node", rank=0).redone == 0
         stage.wait_for_steps(6)
         assert stage.recover("join").redone == 0
