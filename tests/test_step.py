@@ -61,7 +61,7 @@ def gradients(world, index, model, dtype):
     """Gradients of the first global batch, and the sums over it."""
     state = make_state(world, model, dtype=dtype)
     batch = next(batches(index, world))
-    sums = _backward(state, batch, TRAINING, world)
+    sums, _ = _backward(state, batch, TRAINING, world)
     grads = torch.cat([parameter.grad.ravel() for parameter in state.model.parameters()])
     return grads, world.sum(sums.values)
 
