@@ -109,10 +109,15 @@ def ray_head(num_cpus, prepare=lambda head: None):
             head.pid = process.pid
             yield head
         finally:
-            for pid in (process.pid, *descendants(process.pid)):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
+            end_all(process)
+
+
+def end_all(process):
+    """End a process and all that it has started."""
+    for pid in (process.pid, *descendants(process.pid)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 @contextmanager
@@ -131,10 +136,7 @@ def ray_node(address, drain_s=25):
         try:
             yield process
         finally:
-            for pid in (process.pid, *descendants(process.pid)):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
+            end_all(process)
 
 
 @contextmanager
