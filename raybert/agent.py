@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 import ray
 from ray._private.services import canonicalize_bootstrap_address_or_die, find_node_ids
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from raybert.errors import UserError
 from raybert.notice import CLOUDS, HOST, Notice, watch

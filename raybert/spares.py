@@ -7,6 +7,7 @@ depends on this: what is not there is started when it is needed.
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import time
@@ -14,12 +15,12 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
-from ray.core.generated.common_pb2 import PYTHON  # type: ignore[attr-defined]
-from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest  # type: ignore[attr-defined]
+from ray.core.generated.common_pb2 import PYTHON
+from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
 from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 
 from raybert import interface
@@ -30,13 +31,15 @@ KEEP_S = 7 * 24 * 3600  # that Ray keeps a process which nobody has come for
 CALL_S = 2.0  # that a raylet may take to answer
 
 
+IMPORTED = "torch._dynamo", "raybert.worker"  # the first optimizer imports torch's compiler, for a second
+
+
 def begin() -> None:
     """What Ray calls in a worker's process before it takes work."""
     interface.choose()
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # no import may fix the GPUs before Ray has named them
-    import torch._dynamo  # noqa: F401  (the first optimizer imports it, for a second)
-
-    import raybert.worker  # noqa: F401
+    for name in IMPORTED:
+        importlib.import_module(name)
 
 
 ENVIRONMENT = {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.{begin.__name__}"}}

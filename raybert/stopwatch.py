@@ -21,6 +21,7 @@ def mark(device: torch.device) -> Mark:
 
 def seconds_between(first: Mark, second: Mark) -> float:
     """Seconds between two marks of one device, which must have come to both."""
-    if isinstance(first, float) or isinstance(second, float):
-        return float(second) - float(first)  # type: ignore[arg-type]  # of one device, both are
-    return float(first.elapsed_time(second)) / 1000
+    if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):
+        return float(first.elapsed_time(second)) / 1000
+    assert isinstance(first, float) and isinstance(second, float), "of one device, both are of one kind"
+    return second - first
