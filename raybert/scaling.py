@@ -114,6 +114,22 @@ def room(resources: Mapping[str, Resources], worker: Resources) -> dict[str, int
     }
 
 
+def seats(own: Mapping[str, int], rooms: Mapping[str, int], most: int) -> dict[str, int]:
+    """Where the next group of workers may be: as this one is, and then where there is room.
+
+    Args:
+        own: workers of this group on each node.
+        rooms: how many workers each node has room for; one that is not in it is not to be used.
+        most: workers in all.
+    """
+    found: Counter[str] = Counter()
+    for numbers in (own, rooms):
+        for node_id, number in numbers.items():
+            possible = min(number, rooms.get(node_id, 0)) - found[node_id]
+            found[node_id] += max(0, min(possible, most - found.total()))
+    return {node_id: number for node_id, number in found.items() if number}
+
+
 class Persistence:
     """How long a wish has been the same: what comes and goes is not followed."""
 
@@ -193,7 +209,7 @@ class CheckpointedScaling(ElasticScalingPolicy):
         number = size if self._possible is None else self._possible
         lasts_s = self._wishes.held_s(number)
         if self._keeps_spares and self._lookout.trained_s >= CALM_S:
-            self._keep_spares(nodes)
+            self._keep_spares(nodes, Counter(worker.metadata.node_id for worker in group.workers))
         is_wanted = is_leaving or (number != size and lasts_s >= self.scaling_config.elastic_resize_monitor_interval_s)
         if not is_wanted or number < self.scaling_config.min_workers:
             self._take_back(first)
@@ -262,12 +278,12 @@ class CheckpointedScaling(ElasticScalingPolicy):
         if own:
             self._spares.use(own.place, environment(), ACTORS)
 
-    def _keep_spares(self, nodes: Mapping[str, Node]) -> None:
-        """Have processes wait wherever the next group may start."""
+    def _keep_spares(self, nodes: Mapping[str, Node], workers: Mapping[str, int]) -> None:
+        """Have processes wait where the next group may start; `workers` of this one are on each node."""
         own = nodes.get(own_node())
         if own:
             self._spares.keep(own.place, environment(), ACTORS)
-        for node_id, number in self._rooms.items():
+        for node_id, number in seats(workers, self._rooms, self.scaling_config.max_workers).items():
             if node_id in nodes and self._environment:
                 self._spares.keep(nodes[node_id].place, self._environment, number)
 

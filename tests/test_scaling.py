@@ -13,7 +13,7 @@ from ray.train.v2.api.config import RunConfig, ScalingConfig
 from raybert import launch, scaling, spares
 from raybert.config import ClusterConfig
 from raybert.hold import Hold
-from raybert.scaling import CheckpointedScaling, ElasticTrainer, Node, Persistence, answers, missing, room
+from raybert.scaling import CheckpointedScaling, ElasticTrainer, Node, Persistence, answers, missing, room, seats
 
 
 def test_the_installed_ray_has_what_scaling_needs():
@@ -48,6 +48,20 @@ def test_with_the_seam_ours_is_used_and_nothing_said(monkeypatch):
     said = []
     assert launch._trainer_class(ClusterConfig(), print, said.append).func is ElasticTrainer
     assert said == []
+
+
+@pytest.mark.parametrize(
+    ("own", "rooms", "most", "found"),
+    [
+        ({"a": 1, "b": 1}, {"a": 1, "b": 1}, 2, {"a": 1, "b": 1}),
+        ({"a": 1}, {"a": 64, "b": 64}, 2, {"a": 2}),  # never more than the run may have
+        ({"b": 2}, {"a": 1, "b": 2, "c": 9}, 4, {"b": 2, "a": 1, "c": 1}),
+        ({"gone": 1, "b": 1}, {"b": 1, "c": 1}, 3, {"b": 1, "c": 1}),  # nothing waits where nobody is to be
+        ({}, {"a": 0}, 2, {}),
+    ],
+)
+def test_seats_are_where_the_workers_are_and_then_where_there_is_room(own, rooms, most, found):
+    assert seats(own, rooms, most) == found
 
 
 @pytest.mark.parametrize(
