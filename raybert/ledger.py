@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ from raybert.storage import Directory
 LEDGER, SUMMARY = "ledger", "summary.json"
 WRITE_EVERY_S = 10.0
 FINISHED, INTERRUPTED, DRIVER_LOST = "finished", "interrupted", "driver lost"
-_RESIZE = re.compile(r": from \d+ to \d+ workers$")  # ends the reason of every planned one
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,7 @@ class Entry:
         training_s: seconds in these steps, waiting for data included (but for the first batch), evaluation not.
         ended_at_s: when it ended; None while it lives.
         reason: why it ended.
+        is_planned: whether it was ended for another number of workers, or for other nodes.
     """
 
     attempt: int
@@ -62,6 +61,7 @@ class Entry:
     training_s: float = 0.0
     ended_at_s: float | None = None
     reason: str | None = None
+    is_planned: bool = False
 
     @property
     def stopped_at_s(self) -> float:
@@ -71,7 +71,7 @@ class Entry:
     @property
     def is_failed(self) -> bool:
         """Whether it ended, and neither at the last step nor by a planned resize."""
-        return self.reason not in (None, FINISHED) and not _RESIZE.search(str(self.reason))
+        return self.reason not in (None, FINISHED) and not self.is_planned
 
 
 def progressed(entry: Entry, event: Event, global_batch_size: int, now_s: float) -> Entry:
@@ -163,7 +163,7 @@ class Ledger:
                 self._entry = committed(entry, event.step, now_s)
                 self._write(now_s)
             elif event.kind in ("failure", "resize"):
-                self._close(event.text, now_s)
+                self._close(event.text, now_s, is_planned=event.kind == "resize")
 
     def refresh(self) -> None:
         """Put down that the driver lives; to be called often."""
@@ -184,18 +184,19 @@ class Ledger:
         before = self._entry
         if before is not None and before.reason is None:
             is_resize = before.world_size != world_size
-            self._close(f"resize: from {before.world_size} to {world_size} workers" if is_resize else "restart", now_s)
+            reason = f"resize: from {before.world_size} to {world_size} workers" if is_resize else "restart"
+            self._close(reason, now_s, is_planned=is_resize)
         if self._entry is not None:
             self._entries.append(self._entry)
         committed_step = int(event.metrics.get("committed_step", event.step))
         self._entry = Entry(number, world_size, event.step, self._began_at_s, now_s, now_s, event.step, committed_step)
         self._write(now_s)
 
-    def _close(self, reason: str, now_s: float) -> None:
+    def _close(self, reason: str, now_s: float, is_planned: bool = False) -> None:
         """The attempt has ended, unless it had before; its first reason counts."""
         assert self._entry
         if self._entry.reason is None:
-            self._entry = replace(self._entry, ended_at_s=now_s, reason=reason)
+            self._entry = replace(self._entry, ended_at_s=now_s, reason=reason, is_planned=is_planned)
         self._write(now_s)
 
     def _write_if_due(self, now_s: float) -> None:

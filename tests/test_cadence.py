@@ -16,7 +16,7 @@ from raybert.cli import main
 from raybert.config_file import config_to_yaml
 from raybert.feed import Layout, local_batches
 from raybert.history import read_attempts
-from raybert.ledger import Entry
+from raybert.ledger import FINISHED, Entry
 from raybert.order import SampleOrder
 from raybert.step import create_state, settle_buckets
 from raybert.storage import Directory
@@ -55,28 +55,16 @@ def test_short_stalls_are_youngs():
 # --- What a run has lived through -----------------------------------------------------------------------------------
 
 
-def entry(attempt, world_size, lived_s, reason):
-    return Entry(attempt, world_size, 0, 0.0, 100.0, 100.0 + lived_s, 9, 5, reason=reason)
+def entry(attempt, world_size, lived_s, reason, is_planned=False):
+    return Entry(attempt, world_size, 0, 0.0, 100.0, 100.0 + lived_s, 9, 5, reason=reason, is_planned=is_planned)
 
 
 @pytest.mark.parametrize(
-    ("reason", "is_failed"),
-    [
-        (None, False),
-        ("finished", False),
-        ("a node is about to go: from 3 to 2 workers", False),
-        ("there are more nodes: from 2 to 12 workers", False),
-        ("resize: from 2 to 1 workers", False),
-        ("restart", True),
-        ("a worker died", True),
-        ("driver lost", True),
-        ("interrupted", True),
-        ("rolled back: loss spike at step 9; step 9 will make no update", True),
-        ("at step 5 with ValueError: 3 workers", True),
-    ],
+    ("reason", "is_planned", "num_failures"),
+    [(None, False, 0), (FINISHED, False, 0), ("from 3 to 2", True, 0), ("a worker died", False, 1)],
 )
-def test_a_planned_end_is_no_failure(reason, is_failed):
-    assert past([entry(1, 4, 250.0, reason)]) == Past(1000.0, int(is_failed))
+def test_a_planned_end_is_no_failure(reason, is_planned, num_failures):
+    assert past([entry(1, 4, 250.0, reason, is_planned)]) == Past(1000.0, num_failures)
 
 
 def test_failures_are_counted_by_the_time_of_workers():

@@ -95,6 +95,7 @@ def test_an_entry_says_what_became_of_an_attempt(run):
         reason="a worker died",
     )
     assert (second.start_step, second.last_step, second.reason) == (8, 20, FINISHED)
+    assert first.is_failed and not second.is_failed
     assert driver.warnings == []
 
 
@@ -220,6 +221,7 @@ def test_a_resize_ends_an_attempt_by_its_text(run, text):
     driver.at(1012).begin(3, 7)
     first, _ = read_ledger(run)
     assert (first.reason, first.ended_at_s, first.last_step) == (text, 1009, 7)
+    assert first.is_planned and not first.is_failed
     summary = summarize(read_ledger(run))
     assert (summary.useful_steps, summary.redone_steps) == (7, 0)
     assert summary.seconds.useful == pytest.approx(7)
@@ -230,7 +232,8 @@ def test_an_end_that_nobody_told_is_the_next_begin(run, world_size, reason):
     driver = Driver(run)
     driver.at(1000).begin(2)
     driver.at(1030).begin(world_size)
-    assert read_ledger(run)[0].reason == reason and read_ledger(run)[0].ended_at_s == 1030
+    (first, _) = read_ledger(run)
+    assert (first.reason, first.ended_at_s, first.is_failed) == (reason, 1030, world_size == 2)
 
 
 def test_an_attempt_that_was_cut_off_is_not_listened_to(run):
