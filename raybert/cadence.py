@@ -96,7 +96,7 @@ class Cadence:
         now_s = self._clock()
         if is_writing:
             self._writing_at_s = now_s
-        return not is_writing and now_s - self._saved_at_s >= self._interval_s()
+        return now_s - self._saved_at_s >= self._interval_s()
 
     def saved(self, step: int, stall_s: float | None) -> None:
         """A checkpoint was made after `step` steps; it stopped training for `stall_s`, if that is to be counted."""
