@@ -373,6 +373,7 @@ def test_a_stopped_worker_is_named_and_replaced(tmp_path, pace, sample_index, tw
         os.kill(pid, 0)
 
 
+@pytest.mark.nightly
 def test_a_worker_that_stands_still_is_named(tmp_path, sample_index, two_nodes):
     """Its process answers, its training does not go on: the others' collective ends by its timeout."""
     run_dir, gate = tmp_path / "run", tmp_path / "gate"
