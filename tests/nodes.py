@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ray._private.utils import get_ray_address_file
 from ray.cluster_utils import Cluster
 from ray.util import get_node_ip_address
 
@@ -32,6 +33,8 @@ def cluster(num_nodes, include_dashboard=False):
     with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as directory:
         head = {"num_cpus": 1, "object_store_memory": 300_000_000, "temp_dir": directory}
         head |= {"include_dashboard": include_dashboard, **own_dashboard()}
+        # Ray notes the cluster there, and fails where no Ray has ever run.
+        Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(num_nodes):
