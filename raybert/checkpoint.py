@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +41,7 @@ from raybert.manifest import (
 )
 from raybert.pretrained import save_pretrained
 from raybert.retry import Wait, give_up, retry
+from raybert.scratch import scratch
 from raybert.step import TrainState
 from raybert.storage import Directory
 
@@ -194,8 +194,8 @@ class Writer:
     def _staging(self, directory: Directory) -> Iterator[Path]:
         """Where files are made before they count: in place on a local run directory, else a temporary directory."""
         if not directory.is_local:
-            with tempfile.TemporaryDirectory(prefix="raybert-") as temporary:
-                yield Path(temporary)
+            with scratch() as path:
+                yield path
             return
         try:
             yield Path(directory.path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TypeVar
@@ -23,13 +26,15 @@ class Display:
         """Args:
         num_steps: of the run, for progress and time left.
         console: default: standard output.
-        save_every_steps: between two checkpoints; once two are missing, the age of the last is shown. 0: never.
+        save_every_steps: between two checkpoints; 0 if that changes: then the median of those that were. Once two
+            are missing, the age of the last is shown.
         """
         self._num_steps = num_steps
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._started: tuple[float, int] | None = None
         self._save_every_steps, self._committed = save_every_steps, (time.monotonic(), 0)
+        self._gaps: deque[int] = deque(maxlen=5)  # steps between commits
 
     def __enter__(self) -> Display:
         if self._live:
@@ -60,6 +65,7 @@ class Display:
         elif event.kind in ("resize", "note"):
             self.line(event.text)
         else:
+            self._gaps.append(event.step - self._committed[1])
             self._committed = (time.monotonic(), event.step)
             self.line(f"checkpoint {event.text}", "dim")
 
@@ -110,7 +116,8 @@ class Display:
     def _commit_s(self, step: int) -> float | None:
         """Seconds since the last commit, if it is older than it should be."""
         committed_at_s, committed = self._committed
-        if not 0 < 2 * self._save_every_steps <= step - committed:
+        due_steps = self._save_every_steps or (statistics.median(self._gaps) if self._gaps else math.inf)
+        if step - committed < 2 * due_steps:
             return None
         return time.monotonic() - committed_at_s
 

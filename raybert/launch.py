@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -39,6 +39,7 @@ from raybert.ledger import Ledger, lines, read_ledger, summarize
 from raybert.manifest import Checkpoint, newest_checkpoint
 from raybert.peers import create_peers
 from raybert.retry import outlast_blip
+from raybert.scratch import scratch
 from raybert.starts import PatientTorchConfig
 from raybert.storage import Directory, File, find_files, local_file, open_input
 from raybert.telemetry import EVAL, read_metrics
@@ -145,7 +146,8 @@ def _train(
         if config.cluster.worker_range()[1] == 0:
             _fit_here(job)
         else:
-            _fit(job, display, ledger)
+            with scratch() as local:
+                _fit(job, display, ledger, local)
 
 
 def _index(files: Sequence[File], option: str, config: Config, run_dir: Directory, display: Display) -> Index:
@@ -248,8 +250,14 @@ def _fit_here(job: Job) -> None:
             job.tell(Event("failure", text=str(error)))
 
 
-def _fit(job: Job, display: Display, ledger: Ledger) -> None:
+def _fit(job: Job, display: Display, ledger: Ledger, local: Path) -> None:
     """Run attempts on the cluster and show their events until the last step.
+
+    Args:
+        job: of the run.
+        display: shows the events.
+        ledger: of the run.
+        local: a directory of this machine for what Ray Train keeps for itself.
 
     Raises:
         UserError: what a worker could not do for the user's sake, a crash loop, or the end of Ray Train's controller.
@@ -257,8 +265,7 @@ def _fit(job: Job, display: Display, ledger: Ledger) -> None:
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     inbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Inbox).remote()  # other nodes may go
     job = replace(job, peers=create_peers() if job.config.checkpoint.snapshot_every_steps else None)
-    scratch = tempfile.TemporaryDirectory(prefix="raybert-")
-    trainer: Any = _trainer(job, scratch.name, Post(inbox), display.warn)
+    trainer: Any = _trainer(job, local, Post(inbox), display.warn)
     cluster.replace_request(job.run, trainer.train_run_context.run_id)
     outcome: list[BaseException | None] = []
 
@@ -276,7 +283,6 @@ def _fit(job: Job, display: Display, ledger: Ledger) -> None:
         _follow(thread, inbox, job, display, ledger)
     finally:
         cluster.cancel_request(trainer.train_run_context.run_id)
-        scratch.cleanup()
     if isinstance(outcome[0], RayActorError):  # of workers that die, Ray Train makes an error of its own
         raise UserError(
             "Ray Train's controller, a process on the driver's node, has died, perhaps for want of memory; the same "
@@ -305,7 +311,7 @@ def _follow(thread: threading.Thread, inbox: Any, job: Job, display: Display, le
                 display.line(shortage)
 
 
-def _trainer(job: Job, scratch: str, post: Post, warn: Callable[[str], None]) -> TorchTrainer:
+def _trainer(job: Job, local: Path, post: Post, warn: Callable[[str], None]) -> TorchTrainer:
     config = job.config
     index = ray.put(job.index.for_reading())
     evaluation = None if job.evaluation is None else ray.put(job.evaluation.for_reading())
@@ -320,7 +326,7 @@ def _trainer(job: Job, scratch: str, post: Post, warn: Callable[[str], None]) ->
     # Checkpoints are not reported to Ray: our manifests are the truth, and no state of Ray's outlives the driver.
     run: Any = RunConfig(
         name="ray",
-        storage_path=scratch,
+        storage_path=str(local),
         failure_config=FailureConfig(max_failures=-1),
         callbacks=[StopRetrying(job.run, post)],
     )

@@ -8,7 +8,6 @@ import os
 import posixpath
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from pyarrow import fs
 
 from raybert.errors import UserError
 from raybert.retry import outlast_blip
+from raybert.scratch import scratch
 
 PACKAGE = "raybert://"  # files that ship with raybert, wherever each node has it
 _PACKAGE_PATH = Path(__file__).parent
@@ -98,8 +98,8 @@ def local_file(uri: str) -> Iterator[Path]:
     if isinstance(filesystem, fs.LocalFileSystem):
         yield Path(path)
         return
-    with tempfile.TemporaryDirectory(prefix="raybert-") as temporary:
-        local = Path(temporary) / posixpath.basename(path)
+    with scratch() as directory:
+        local = directory / posixpath.basename(path)
         try:
             with filesystem.open_input_stream(path) as source:
                 local.write_bytes(source.read())
@@ -279,12 +279,12 @@ class Directory:
         if self.is_local:
             yield Path(self.path)
             return
-        with tempfile.TemporaryDirectory(prefix="raybert-") as temporary:
+        with scratch() as directory:
             for info in outlast_blip(partial(self.filesystem.get_file_info, fs.FileSelector(self.path))):
                 if info.type == fs.FileType.File:
                     content = outlast_blip(partial(self.read, info.base_name))
-                    (Path(temporary) / info.base_name).write_bytes(content)
-            yield Path(temporary)
+                    (directory / info.base_name).write_bytes(content)
+            yield directory
 
     def delete(self) -> None:
         """Delete the directory and all it holds; nothing happens if it does not exist."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ from raybert.index import INDEX, LIST, Index, Shard, cached_shard, index_shard, 
 from raybert.ledger import Summary, read_ledger, summarize
 from raybert.manifest import CHECKPOINTS, MANIFEST, Checkpoint, find_checkpoints, find_damage, open_checkpoint, place
 from raybert.order import SampleOrder, Samples, rank_slice
+from raybert.scratch import scratch
 from raybert.storage import Directory, absolute, find_files
 
 HOLDS, DOES_NOT_HOLD, CANNOT_SAY = 0, 1, 2  # exit codes
@@ -260,11 +260,11 @@ def _index(run: Directory, config: Config) -> Index:
         UserError: neither an entry nor its file is there.
     """
     schema, cache = preflight.schema(config), run / INDEX
-    with tempfile.TemporaryDirectory(prefix="raybert-") as scratch:
+    with scratch() as directory:
 
         def shard(path: str) -> Shard:
             cached = cached_shard(path, schema, cache)
-            return cached or index_shard(find_files(path, f"{INDEX}/{LIST}")[0], schema, Directory(scratch))
+            return cached or index_shard(find_files(path, f"{INDEX}/{LIST}")[0], schema, Directory(str(directory)))
 
         return Index([shard(path) for path in _training_files(run)], schema)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import socket
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from raybert.order import SampleOrder
 from raybert.peers import Sender, resume, sender
 from raybert.pretrained import load_pretrained
 from raybert.retry import outlast_blip
+from raybert.scratch import scratch
 from raybert.snapshot import Snapshot
 from raybert.step import TrainState, create_state, settle_buckets
 from raybert.storage import Directory
@@ -84,8 +85,8 @@ def train_worker(job: Job) -> None:
     state = create_state(job.config.model, job.config.training, job.config.optimizer, world)
     records = _initialize(state, job, attempt, world)
     settle_buckets(state, job.config.data.max_seq_length, job.config.training, world)
-    with tempfile.TemporaryDirectory(prefix="raybert-") as scratch:
-        recorder = Recorder(job, attempt, Path(scratch), records) if world.is_first else None
+    with ExitStack() as contexts:
+        recorder = Recorder(job, attempt, contexts.enter_context(scratch()), records) if world.is_first else None
         if world.is_first:
             batches = _warn_if_late(batches, job.tell)
         try:
@@ -200,18 +201,18 @@ def _evaluator(job: Job, state: TrainState, world: World) -> Callable[[], dict[s
 class Recorder:
     """Rank 0's observer of the loop: metrics, checkpoints and events."""
 
-    def __init__(self, job: Job, attempt: Attempt, scratch: Path, records: Sequence[StepRecord]) -> None:
+    def __init__(self, job: Job, attempt: Attempt, local: Path, records: Sequence[StepRecord]) -> None:
         """Args:
         job: of the run.
         attempt: that this worker belongs to.
-        scratch: a local directory that lives as long as this.
+        local: a directory of this machine that lives as long as this.
         records: of steps before the attempt that no checkpoint carries yet.
         """
         self._peers = job.peers
         self._tell, self._num_steps, self._attempt = job.tell, job.config.training.num_steps, attempt.number
         self._run = job.run
-        self._telemetry = Telemetry(job.run, attempt.start_step, scratch)
-        vocab_file, config = outlast_blip(lambda: _local_vocabulary(job.run, scratch)), job.config.checkpoint
+        self._telemetry = Telemetry(job.run, attempt.start_step, local)
+        vocab_file, config = outlast_blip(lambda: _local_vocabulary(job.run, local)), job.config.checkpoint
         writer = Writer(job.run, attempt.number, job.config.model, vocab_file, job.identity, config.keep)
         self._saver = Saver(writer, attempt.checkpoint, self._committed, self.warn, config.outage_limit_s, records)
 
@@ -304,9 +305,9 @@ class Recorder:
         self._tell(Event("note", text=text))
 
 
-def _local_vocabulary(run: Directory, scratch: Path) -> Path | None:
+def _local_vocabulary(run: Directory, local: Path) -> Path | None:
     """The run's vocabulary as a local file, if it has one."""
     if not run.exists(VOCABULARY):
         return None
-    (scratch / VOCABULARY).write_bytes(run.read(VOCABULARY))
-    return scratch / VOCABULARY
+    (local / VOCABULARY).write_bytes(run.read(VOCABULARY))
+    return local / VOCABULARY

@@ -30,7 +30,7 @@ EVENTS = [
     Event("train", 10, metrics=METRICS),
     Event("train", 20, metrics=METRICS),
     Event("eval", 20, metrics=HELD_OUT),
-    Event("checkpoint", text="step-00000020-attempt-0001"),
+    Event("checkpoint", 20, "step-00000020-attempt-0001"),
     Event("warning", text="checkpoint [bold]x[/bold] is damaged"),
     Event("train", 30, metrics=METRICS),
 ]
@@ -70,6 +70,19 @@ def test_a_commit_that_is_overdue_is_shown_with_its_age():
     lines = [line for line in output.getvalue().splitlines() if line.startswith("step ")]
     assert ["last commit 0s ago" in line for line in lines] == [False, True, True, False, True, True, False, True]
     assert progress_line(20, 100, METRICS, 5, 725).endswith("5s left  last commit 12m05s ago")
+
+
+def test_an_overdue_commit_is_told_from_those_before_where_their_distance_changes():
+    """The median of the last five: one that came late, or was asked for, does not count for more."""
+    output = StringIO()
+    with Display(999, Console(file=output, width=200)) as display:
+        display.show(train(500))  # nothing is known yet
+        for step in (500, 510, 520, 525):  # the distances are 500, 10, 10 and 5
+            display.show(Event("checkpoint", step, "name"))
+        for step in (544, 545):
+            display.show(train(step))
+    lines = [line for line in output.getvalue().splitlines() if line.startswith("step ")]
+    assert ["last commit 0s ago" in line for line in lines] == [False, False, True]
 
 
 def train(step):

@@ -22,6 +22,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
         "order",
         "progress",
         "retry",
+        "scratch",
         "snapshot",
         "straggler",
     ),
