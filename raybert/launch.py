@@ -262,8 +262,9 @@ def _fit(job: Job, display: Display, ledger: Ledger, local: Path) -> None:
     Raises:
         UserError: what a worker could not do for the user's sake, a crash loop, or the end of Ray Train's controller.
     """
-    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    inbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Inbox).remote()  # other nodes may go
+    own_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    here: Any = {"num_cpus": 0, "scheduling_strategy": own_node}  # other nodes may go
+    inbox: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **here)(Inbox).remote()
     job = replace(job, peers=create_peers() if job.config.checkpoint.snapshot_every_steps else None)
     trainer: Any = _trainer(job, local, Post(inbox), display.warn)
     cluster.replace_request(job.run, trainer.train_run_context.run_id)

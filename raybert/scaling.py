@@ -25,6 +25,7 @@ from ray._private.state import available_resources_per_node
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
@@ -313,7 +314,7 @@ def _called(worker: Worker, function: Callable[[], T]) -> T | None:
 
 
 class ElasticTrainer(TorchTrainer):
-    """Ray's trainer, with this module's policy in the place of Ray's: the one seam."""
+    """Ray's trainer, with this module's policy in the place of Ray's, and nothing that outlives it: the one seam."""
 
     def __init__(
         self,
@@ -332,6 +333,10 @@ class ElasticTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         scaling: Any = self.scaling_config
         arguments["scaling_policy"] = self._policy(scaling)
+        # Its process outlives a driver that is killed, for ever; Ray itself removes the placement groups of such a one.
+        arguments["callbacks"] = [
+            each for each in arguments["callbacks"] if not isinstance(each, PlacementGroupCleanerCallback)
+        ]
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 

@@ -38,7 +38,8 @@ from raybert.manifest import CHECKPOINTS, MANIFEST, MODEL, find_checkpoints
 from raybert.storage import Directory
 
 CONTROLLER = "ray::TrainController"
-OF_A_RUN = ("ray::RayTrainWorker", CONTROLLER, "ray::DatasetManager", "ray::SplitCoordinator", "ray::Inbox")
+HELPERS = ("ray::DatasetManager", "ray::SplitCoordinator", "ray::SynchronizationActor", "ray::Inbox")  # at the head
+OF_A_RUN = ("ray::RayTrainWorker", CONTROLLER, "ray::PlacementGroupCleaner", *HELPERS)
 LONG = {"data__window_size": 8192, "cluster__keep_spares": "true"}  # settings of long runs: as in real ones
 LEAVE_S = 15.0  # that processes of a run may outlive it
 
@@ -104,12 +105,16 @@ class Scene:
 
     def kill_controller(self, rank=None):
         """Ray Train's controller dies, which ends the command; it is given again at once."""
-        found = descendants(raylet(self.nodes.head_node))
-        (pid,) = [pid for pid, command in found.items() if command.startswith(CONTROLLER)]
-        os.kill(pid, signal.SIGKILL)
+        self.kill_helper(CONTROLLER)
         assert self.process.wait(60) == 1, self.process.read_output()
         assert "controller" in self.process.read_output() and "Traceback" not in self.process.read_output()
         self.start()
+
+    def kill_helper(self, title):
+        """The process with this title on the head's node dies."""
+        found = descendants(raylet(self.nodes.head_node))
+        (pid,) = [pid for pid, command in found.items() if command.startswith(title)]
+        os.kill(pid, signal.SIGKILL)
 
     def kill_driver(self, rank=None):
         """The command dies, and is given again at once."""

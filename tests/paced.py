@@ -1,7 +1,8 @@
 """`run.py train` at a pace that a test sets: python paced.py FILE train ...
 
 The file holds the seconds that every step of every worker takes at least, so that a test can meet a run half-way and
-then let it go, whatever the machine's speed. Beside it, `rank-N` holds the process id of rank N. All else is the real
+then let it go, whatever the machine's speed. Beside it, `rank-N` holds the process id of rank N, and `pace-N`, if it is
+there, the pace of that rank. All else is the real
 thing, but for Ray's own scaling policy where the variable RAYBERT_TEST_STOCK is set, to compare with.
 """
 
@@ -23,12 +24,14 @@ def paced_worker(job: Job) -> None:
     """Runs in the worker, where it slows the loop down."""
     real_step = loop.train_step
 
+    rank = ray.train.get_context().get_world_rank()
+    own = PACE.with_name(f"pace-{rank}")
+
     def slow_step(*arguments):
-        time.sleep(float(PACE.read_text()))
+        time.sleep(float((own if own.exists() else PACE).read_text()))
         return real_step(*arguments)
 
     loop.train_step = slow_step
-    rank = ray.train.get_context().get_world_rank()
     PACE.with_name(f"rank-{rank}").write_text(str(os.getpid()))
     train_ray_worker(job)
 

@@ -1,22 +1,26 @@
 """The cadence of checkpoints: what wastes least, and the same steps on all ranks, whatever the clock says."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from faults import leftovers, scene
 from helpers import tiny_config, write_samples
+from nodes import finish, wait_until
 from ranks import run_ranks
-from runs import last_weights
+from runs import assert_exactly_once, last_weights
 from test_loop import Observed
 
 from raybert import cadence, loop
-from raybert.cadence import MOST_S, WORKER_MTBF_S, Cadence, Past, best_interval_s, past
+from raybert.cadence import MOST_S, NEWS, WORKER_MTBF_S, Cadence, Past, best_interval_s, past
 from raybert.cli import main
 from raybert.config_file import config_to_yaml
 from raybert.feed import Layout, local_batches
 from raybert.history import read_attempts
 from raybert.ledger import FINISHED, Entry
+from raybert.manifest import place
 from raybert.order import SampleOrder
 from raybert.step import create_state, settle_buckets
 from raybert.storage import Directory
@@ -219,3 +223,29 @@ def test_a_run_that_was_interrupted_goes_on_exactly(tmp_path, monkeypatch, capsy
     assert first.start_step == 0 < second.start_step <= 150
     assert main(["verify", str(tmp_path / "auto")]) == 0
     assert torch.equal(last_weights(tmp_path / "auto"), last_weights(tmp_path / "whole"))
+
+
+# --- On a cluster ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
+def test_a_run_saves_as_often_as_it_says_and_a_loss_costs_no_more(tmp_path, sample_index):
+    num_steps = 2500
+    settings = {"training__num_steps": num_steps, "checkpoint__every_steps": "auto", "cluster__num_workers": 2}
+    with scene(tmp_path, 2, pace="0.1", **settings) as stage:
+
+        def saved():
+            return [place(name)[0] for name in stage.complete_checkpoints()]
+
+        wait_until(lambda: len(saved()) >= 3, stage.process, timeout_s=400)
+        third, second, first = saved()
+        told = re.findall(r"checkpoint about every ([\d,]+) steps", stage.process.read_output())
+        every_steps = int(told[-1].replace(",", ""))
+        print(first, second, third, told)
+        assert 1 / NEWS <= (third - second) / every_steps <= NEWS  # by so much it may change without a word
+        assert stage.recover("kill_worker").redone <= NEWS * every_steps
+        stage.pace.write_text("0")
+        finish(stage.process)
+        assert leftovers(stage.nodes) == []
+    assert assert_exactly_once(stage.run_dir, num_steps, sample_index) == [2] * num_steps
+    assert main(["verify", str(stage.run_dir)]) == 0

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import leftovers, raylet, scene, seeded_schedule
+from faults import HELPERS, leftovers, raylet, scene, seeded_schedule
 from helpers import SAMPLE_FILE, SAMPLE_SCHEMA, build_index
-from nodes import attempts, cluster, descendants, finish, running, shown_steps, wait_until
+from nodes import attempts, cluster, descendants, finish, logged_steps, running, shown_steps, wait_until
 from outages import UPLOADS, faulty_store, full, small_disk
 from runs import assert_exactly_once, changes, flags, last_weights, relative_distance, undisturbed_weights
 
@@ -98,6 +98,18 @@ def test_at_the_same_world_size_every_fault_is_forgotten(fault, tmp_path, sample
         said = stage.process.read_output()
         if fault == "stop_worker":
             assert f"warning: rank 0 (process {pid} on " in said and ") is killed and replaced." in said
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("title", [*HELPERS, "ray::_AutoscalingCoordinatorActor"])
+def test_a_process_beside_the_workers_that_dies_is_forgotten(title, tmp_path, sample_index, weights_of_two):
+    """Where it is one that feeds, another attempt begins; then a worker dies, too."""
+    with two_workers(tmp_path, sample_index, weights_of_two) as stage:
+        reached = logged_steps(stage.run_dir)[-1]
+        stage.kill_helper(title)
+        wait_until(lambda: logged_steps(stage.run_dir)[-1] >= reached + 20, stage.process)
+        assert len(attempts(stage.run_dir)) <= 2
+        assert stage.recover("kill_worker").redone <= REDONE
 
 
 @pytest.mark.nightly

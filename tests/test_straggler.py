@@ -6,7 +6,9 @@ import socket
 import time
 
 import pytest
+from faults import scene
 from helpers import tiny_config
+from nodes import wait_until
 from ranks import run_ranks
 from test_loop import Observed
 
@@ -150,3 +152,23 @@ def test_both_are_told_apart(ranks):
 
 def test_ranks_that_are_alike_are_not_named(ranks):
     assert ranks[3, None, None] == []
+
+
+# --- On a cluster ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
+def test_a_run_names_the_slow_rank_and_says_when_it_is_over(tmp_path):
+    with scene(tmp_path, 2, training__num_steps=10_000, cluster__num_workers=2) as stage:
+
+        def said(text):
+            return lambda: text in stage.process.read_output()
+
+        own = stage.pace.with_name("pace-1")
+        own.write_text("0.8")
+        wait_until(said("is slow: it computes"), stage.process)
+        own.write_text(stage.pace.read_text())
+        wait_until(said("no longer is slow"), stage.process)
+        lines = [line for line in stage.process.read_output().splitlines() if "is slow" in line]
+        assert [line[:15] for line in lines] == ["warning: rank 1"] * 2
+        assert stage.process.poll() is None
