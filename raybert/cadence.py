@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from raybert.ledger import Entry
+from raybert.entry import Entry
 
 MOST_S = 1800.0
 WORKER_MTBF_S = 24 * 3600.0  # of one worker, before the run knows better: a spot node's

@@ -27,15 +27,17 @@ from raybert.compression import compression
 from raybert.config import ClusterConfig, Config
 from raybert.config_file import CONFIG, config_to_yaml
 from raybert.display import Display
+from raybert.entry import read_ledger
 from raybert.errors import UserError
 from raybert.evaluate import unigram_loss
 from raybert.events import Event
 from raybert.failures import StopRetrying, cause_of
 from raybert.gauges import Gauges
+from raybert.goodput import lines, summarize
 from raybert.guard import RollbackError
 from raybert.inbox import Inbox, Post
 from raybert.index import INDEX, Index, Shard, check_shards, index_shard, write_list
-from raybert.ledger import Ledger, lines, read_ledger, summarize
+from raybert.ledger import Ledger
 from raybert.manifest import Checkpoint, newest_checkpoint
 from raybert.peers import create_peers
 from raybert.retry import outlast_blip

@@ -23,6 +23,7 @@ from raybert.begin import Begin
 from raybert.cadence import Past, past
 from raybert.checkpoint import Saver, Writer, restore
 from raybert.config import Config
+from raybert.entry import read_ledger
 from raybert.errors import UserError
 from raybert.evaluate import evaluate
 from raybert.events import Event, Tell
@@ -32,7 +33,6 @@ from raybert.guard import RollbackError, bar, check_rollbacks, reasons
 from raybert.history import Attempt, StepRecord, newest_attempt
 from raybert.hold import HOLD, HOLD_S
 from raybert.index import Index
-from raybert.ledger import read_ledger
 from raybert.loop import train
 from raybert.manifest import open_checkpoint, place
 from raybert.order import SampleOrder

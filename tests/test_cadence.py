@@ -17,9 +17,9 @@ from raybert import cadence, loop
 from raybert.cadence import MOST_S, NEWS, WORKER_MTBF_S, Cadence, Past, best_interval_s, past
 from raybert.cli import main
 from raybert.config_file import config_to_yaml
+from raybert.entry import FINISHED, Entry
 from raybert.feed import Layout, local_batches
 from raybert.history import read_attempts
-from raybert.ledger import FINISHED, Entry
 from raybert.manifest import place
 from raybert.order import SampleOrder
 from raybert.step import create_state, settle_buckets

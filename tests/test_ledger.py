@@ -15,21 +15,11 @@ from helpers import tiny_config, write_samples
 
 from raybert.cli import main
 from raybert.config_file import config_to_yaml
+from raybert.entry import DRIVER_LOST, FINISHED, INTERRUPTED, LEDGER, Entry, read_ledger
 from raybert.events import Event
+from raybert.goodput import lines, summarize
 from raybert.history import begin_attempt, newest_attempt, read_attempts
-from raybert.ledger import (
-    DRIVER_LOST,
-    FINISHED,
-    INTERRUPTED,
-    LEDGER,
-    SUMMARY,
-    WRITE_EVERY_S,
-    Entry,
-    Ledger,
-    lines,
-    read_ledger,
-    summarize,
-)
+from raybert.ledger import SUMMARY, WRITE_EVERY_S, Ledger
 
 ROOT = Path(__file__).parents[1]
 G = 32  # of tiny_config
