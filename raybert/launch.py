@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -222,7 +222,9 @@ def _list_skipped(shards: Sequence[Shard], option: str, run_dir: Directory, disp
             f"{option}: {count} bad records in {len(skipped)} files are left out; "
             f"{SKIPPED} in the run directory lists them."
         )
-        known = json.loads(run_dir.read(SKIPPED)) if run_dir.exists(SKIPPED) else {}
+        known = {}
+        with suppress(FileNotFoundError, ValueError):  # of the other files; a damaged one is made anew
+            known = dict(json.loads(run_dir.read(SKIPPED)))
         run_dir.write(SKIPPED, json.dumps(known | {option: skipped}, indent=1).encode())
 
 

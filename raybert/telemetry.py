@@ -8,7 +8,7 @@ nothing: metrics.jsonl is written later, TensorBoard has a gap.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,16 @@ TRAIN, EVAL = "train", "eval"
 class Telemetry:
     """Writes the metrics of one attempt; rank 0 has one."""
 
-    def __init__(self, run: Directory, start_step: int, scratch: Path) -> None:
+    def __init__(self, run: Directory, start_step: int, scratch: Path, warn: Callable[[str], None]) -> None:
         """Args:
         run: the run directory.
         start_step: step the attempt begins at.
         scratch: a local directory for files on their way to a remote run directory.
+        warn: told if what was logged before cannot be read.
         """
         self._run = run
         self._path = Path(run.path) if run.is_local else scratch / "telemetry"
-        lines = outlast_blip(lambda: _lines_until(run, start_step))
+        lines = outlast_blip(lambda: _lines_until(run, start_step, warn))
         self._path.mkdir(parents=True, exist_ok=True)
         Directory(str(self._path)).write(METRICS, "".join(lines).encode())
         self._metrics, self._unwritten = (self._path / METRICS).open("ab", buffering=0), b""
@@ -105,12 +106,28 @@ def training_summary(
     return summary | ({"eval_metrics": dict(evaluation)} if evaluation else {})
 
 
-def read_metrics(run: Directory) -> list[dict[str, Any]]:
-    """Every line of metrics.jsonl, oldest first; empty if there is none."""
-    if not run.exists(METRICS):
-        return []
-    return [json.loads(line) for line in run.read(METRICS).decode().splitlines() if line.endswith("}")]
+def read_metrics(run: Directory, damaged: list[int] | None = None) -> list[dict[str, Any]]:
+    """Every line of metrics.jsonl, oldest first; empty if there is none.
+
+    Args:
+        run: the run directory.
+        damaged: takes the numbers, from 1, of lines that cannot be read, which are left out; a last one may be cut off.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = run.read(METRICS).split(b"\n") if run.exists(METRICS) else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({"kind": row["kind"], "step": int(row["step"]), **row})
+        except (ValueError, TypeError, KeyError):
+            if damaged is not None and number < len(lines):  # a last one was cut off
+                damaged.append(number)
+    return rows
 
 
-def _lines_until(run: Directory, step: int) -> list[str]:
-    return [json.dumps(row) + "\n" for row in read_metrics(run) if row["step"] <= step]
+def _lines_until(run: Directory, step: int, warn: Callable[[str], None]) -> list[str]:
+    damaged: list[int] = []
+    rows = read_metrics(run, damaged)
+    if damaged:
+        warn(f"{METRICS}: {len(damaged)} lines cannot be read and are left out, the first is line {damaged[0]}.")
+    return [json.dumps(row) + "\n" for row in rows if row["step"] <= step]

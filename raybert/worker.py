@@ -211,7 +211,7 @@ class Recorder:
         self._peers = job.peers
         self._tell, self._num_steps, self._attempt = job.tell, job.config.training.num_steps, attempt.number
         self._run = job.run
-        self._telemetry = Telemetry(job.run, attempt.start_step, local)
+        self._telemetry = Telemetry(job.run, attempt.start_step, local, self.warn)
         vocab_file, config = outlast_blip(lambda: _local_vocabulary(job.run, local)), job.config.checkpoint
         writer = Writer(job.run, attempt.number, job.config.model, vocab_file, job.identity, config.keep)
         self._saver = Saver(writer, attempt.checkpoint, self._committed, self.warn, config.outage_limit_s, records)

@@ -243,8 +243,8 @@ def test_unigram_loss_by_hand():
 # --- Telemetry ------------------------------------------------------------------------------------------------------
 
 
-def log_steps(run, scratch, start_step, steps, value=0.0):
-    telemetry = Telemetry(run, start_step, scratch)
+def log_steps(run, scratch, start_step, steps, value=0.0, warn=print):
+    telemetry = Telemetry(run, start_step, scratch, warn)
     for step in steps:
         telemetry.log(TRAIN, step, {"training_loss": step + value, "learning_rate": 0.5})
         if step % 4 == 0:
@@ -289,6 +289,20 @@ def test_a_line_that_was_cut_off_is_dropped(run, tmp_path):
     assert [row["step"] for row in read_metrics(run)] == [2, 4, 4]
     log_steps(run, tmp_path, 4, (6,)).close()
     assert [row["step"] for row in read_metrics(run)] == [2, 4, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xcd\x00\xff", b"", b"{}", b"[1]", b"5", b'{"kind": "eval", "step": "x"}', b'{"st']
+)
+def test_lines_that_cannot_be_read_are_left_out_and_told(run, tmp_path, damage):
+    log_steps(run, tmp_path, 0, (2, 6)).close()
+    path, told = Path(run.path) / METRICS, []
+    first, *rest = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, damage, *rest, b""]))
+    log_steps(run, tmp_path, 6, (8,), warn=told.append).close()
+    assert [row["step"] for row in read_metrics(run)] == [2, 6, 8, 8]
+    (text,) = told
+    assert "1 lines cannot be read" in text and "line 2" in text
 
 
 def test_a_run_without_metrics_has_none(run):
