@@ -57,8 +57,13 @@ class HostCopy:
     scaler: Mapping[str, Any]
 
 
-def host_copy(state: TrainState) -> HostCopy:
-    """Copy the state to host memory."""
+def host_copy(state: TrainState, into: HostCopy | None = None) -> HostCopy:
+    """Copy the state to host memory.
+
+    Args:
+        state: to be copied.
+        into: a copy that nobody needs any more, whose memory is used again: new memory takes longer than the copying.
+    """
     names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     moments = {
         f"{key}.{names[id(parameter)]}": value
@@ -68,14 +73,35 @@ def host_copy(state: TrainState) -> HostCopy:
     return HostCopy(
         step=state.step,
         num_updates=state.step - int(state.num_skipped),
-        model=_to_host(state.model.state_dict()),
-        optimizer=_to_host(moments),
+        model=_to_host(state.model.state_dict(), into.model if into else {}),
+        optimizer=_to_host(moments, into.optimizer if into else {}),
         scaler=state.scaler.state_dict(),
     )
 
 
-def _to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+def room_for(state: TrainState) -> HostCopy:
+    """A copy of nothing yet, whose memory `host_copy` can use: every page of it is there, which takes the time."""
+    tensors = state.model.state_dict()
+    kinds = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+    moments = {f"{key}.{name}": tensor for key in ("exp_avg", "exp_avg_sq") for name, tensor in kinds.items()}
+    model, optimizer = ({name: _room(tensor).zero_() for name, tensor in part.items()} for part in (tensors, moments))
+    return HostCopy(state.step, 0, model, optimizer, {})
+
+
+def _room(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def _to_host(tensors: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    copies = {}
+    for name, tensor in tensors.items():
+        copy = into.get(name)
+        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+            copy = _room(tensor)
+        copies[name] = copy.copy_(tensor.detach(), non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
 
 
 def _digest(file: Path) -> str:
@@ -273,11 +299,22 @@ class Saver:
         self._committed, self._warn = committed, warn
         self._records = list(records)
         self._next: HostCopy | None = None
+        self._written: HostCopy | None = None  # whose memory the next one takes
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._lock, self._news = threading.Lock(), threading.Event()
         self._outage = Outage(warn, outage_limit_s)
         self._until_s = math.inf  # what storage refuses then is given up
+
+    def prepare(self, state: TrainState) -> None:
+        """Get the memory for the first copy, behind the next steps."""
+
+        def work() -> None:
+            room = room_for(state)
+            with self._lock:
+                self._written = self._written or room
+
+        threading.Thread(target=work, name="memory", daemon=True).start()
 
     def wait(self, limit_s: float | None = None) -> None:
         """Wait until no write is pending, for `limit_s` seconds at most."""
@@ -317,11 +354,12 @@ class Saver:
         self._records += records
         if self._error is not None and not isinstance(self._error, OSError):
             raise self._error
-        waiting, self._next = self._next, None  # before another copy is made: memory holds two at most
+        with self._lock:  # before another copy is made: memory holds two at most
+            waiting, self._next = self._next, None
+            into, self._written = waiting or self._written, None
         if waiting is not None and not self._outage.is_on:
             self._warn(f"Checkpoint at step {waiting.step} left out: the one before is still being written.")
-        del waiting
-        copy = host_copy(state)
+        copy = host_copy(state, into)
         with self._lock:
             self._next = copy
             self._news.set()
@@ -358,6 +396,8 @@ class Saver:
     def _write_all(self) -> None:
         while (copy := self._take()) is not None:
             self._write(copy)
+            with self._lock:
+                self._written = copy
 
     def _take(self) -> HostCopy | None:
         with self._lock:

@@ -268,13 +268,14 @@ class Sender:
         self._holder: Any = None
         self._thread: threading.Thread | None = None
         self._has_warned = False
+        self._copy: HostCopy | None = None  # the newest, whose memory the next one takes
         peers.holder.remote(nodes[rank])  # its process takes seconds to start
 
     def send(self, state: TrainState) -> None:
         """Copy the state and hand it over; left out while the one before is on its way."""
         if self._thread is not None and self._thread.is_alive():
             return
-        copy = host_copy(state)
+        self._copy = copy = host_copy(state, self._copy)
         self._thread = threading.Thread(target=self._hand_over, args=(copy,), name="snapshot", daemon=True)
         self._thread.start()
 

@@ -87,7 +87,8 @@ def train_worker(job: Job) -> None:
     settle_buckets(state, job.config.data.max_seq_length, job.config.training, world)
     with ExitStack() as contexts:
         recorder = Recorder(job, attempt, contexts.enter_context(scratch()), records) if world.is_first else None
-        if world.is_first:
+        if recorder:
+            recorder.prepare(state)
             batches = _warn_if_late(batches, job.tell)
         try:
             barred, evaluator = reasons(attempt.barred), _evaluator(job, state, world)
@@ -225,6 +226,10 @@ class Recorder:
         """Log held-out metrics."""
         self._telemetry.log(EVAL, step, metrics)
         self._tell(Event("eval", step, metrics=metrics))
+
+    def prepare(self, state: TrainState) -> None:
+        """Get ready for the first checkpoint, behind the next steps."""
+        self._saver.prepare(state)
 
     def save(self, state: TrainState, records: list[StepRecord]) -> None:
         """Save a checkpoint behind the next steps."""
