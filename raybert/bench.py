@@ -1,4 +1,4 @@
-"""`bench`: measure decoding, feed, step, what Ray costs, what grows with ranks; every figure with its settings."""
+"""`bench`: measure decoding, feed, step, checkpoints, what Ray costs, what grows with ranks; with all settings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=4, help="of the model")
     parser.add_argument("--batch", type=int, help=f"global batch (default: 32; of feed and scale {FEED_BATCH})")
     parser.add_argument("--micro-batch", type=int, default=16, help="samples of a forward and backward")
+    parser.add_argument("--micro-batch-tokens", type=int, default=0, help="of ours at most; 0: any number")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of forward and backward")
+    parser.add_argument("--compile", action="store_true", help="the layers of both sides")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="of ours")
     parser.add_argument("--dropout", type=float, default=0.1, help="of hidden states and attention")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     parser.add_argument("--allocator", choices=["raybert", "system"], default="raybert", help="settings for step")
@@ -90,7 +93,10 @@ def config_of(options: argparse.Namespace) -> Config:
         num_steps=NEVER,
         global_batch_size=options.batch or base.training.global_batch_size,
         micro_batch_size=options.micro_batch,
+        micro_batch_tokens=options.micro_batch_tokens,
         precision=options.precision,
+        compile=options.compile,
+        activation_checkpointing=options.activation_checkpointing,
     )
     data = replace(
         base.data,
@@ -152,10 +158,17 @@ def _scale(options: argparse.Namespace) -> list[Figure]:
     return bench_scale.measure(config, *sizes, options.rounds, options.windows)
 
 
+def _checkpoint(options: argparse.Namespace) -> list[Figure]:
+    from raybert import bench_checkpoint
+
+    return bench_checkpoint.measure(config_of(options), options.rounds)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], list[Figure]]] = {
     "decode": _decode,
     "feed": _feed,
     "step": _step,
+    "checkpoint": _checkpoint,
     "ray": _ray,
     "scale": _scale,
 }

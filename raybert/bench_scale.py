@@ -27,21 +27,19 @@ from ray.experimental import get_local_object_locations
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import RunConfig, ScalingConfig
 
-from raybert import cluster, ingest
-from raybert.bench_data import batches_in_memory, build_index
-from raybert.checkpoint import Writer, host_copy, restore
+from raybert import bench_checkpoint, cluster, ingest
+from raybert.bench_data import build_index
 from raybert.config import Config
 from raybert.feed import MIN_BLOCK_ROWS, Layout, RankBatch, rank_batches
-from raybert.figure import Figure, measured
-from raybert.history import begin_attempt, to_lines
+from raybert.figure import Figure, measured, timed
+from raybert.history import to_lines
 from raybert.index import Index, index_shard
 from raybert.loop import Trail
 from raybert.loss import Sums
-from raybert.manifest import find_checkpoints, newest_checkpoint, open_checkpoint
 from raybert.model import BertForPreTraining
 from raybert.order import SampleOrder
 from raybert.preflight import sample_order, schema
-from raybert.step import StepResult, create_state, train_step
+from raybert.step import StepResult
 from raybert.storage import Directory, find_files, open_input
 from raybert.world import CPU, World
 
@@ -69,7 +67,7 @@ def measure(
         num_rounds: of every measurement, but for start-up and building, which are slow.
         num_windows: of a round of the feed, of which the middle half is measured; few of it may have been read ahead.
     """
-    figures = [*_history(ranks, num_rounds), *_checkpoint(config, num_rounds)]
+    figures = [*_history(ranks, num_rounds), *bench_checkpoint.measure(config, num_rounds)]
     with cluster.connected(replace(config.cluster, num_workers=0), verbose=False):
         cluster.quiet(verbose=False)
         ingest.quiet_data()
@@ -238,41 +236,6 @@ def _order(config: Config, num_rounds: int) -> list[Figure]:
     return figures
 
 
-# --- Checkpoint -----------------------------------------------------------------------------------------------------
-
-
-def _checkpoint(config: Config, num_rounds: int) -> list[Figure]:
-    """What saving and restoring the configured model costs; rank 0 alone saves, and every rank restores."""
-    training = replace(config.training, global_batch_size=1)
-    state = create_state(config.model, training, config.optimizer, World())
-    train_step(state, batches_in_memory(replace(config, training=training), 1)[0], training, config.optimizer, World())
-    times_s: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="raybert-") as scratch:
-        run = Directory(scratch)
-        begin_attempt(run, 1, 0, None)
-        writer = Writer(run, 1, config.model, None, {}, keep=1)
-        for number in range(1, num_rounds + 1):
-            state.step = number
-            copy = _timed(times_s, "s of host copy", partial(host_copy, state))
-            name = _timed(times_s, "s of write, fsync and digest", partial(writer.write, copy, None, []))
-            _timed(times_s, "s of verification", partial(newest_checkpoint, run, print))
-            _timed(times_s, "s of restore", partial(restore, open_checkpoint(run, name), state))
-        (directory,) = find_checkpoints(run)
-        size_bytes = sum(file.stat().st_size for file in (Path(scratch) / "checkpoints" / directory).iterdir())
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    side = f"checkpoint, {config.model.num_hidden_layers}x{config.model.hidden_size}"
-    settings = {"parameters": parameters, "directory": tempfile.gettempdir()}
-    figures = [measured(PART, side, unit, runs, settings) for unit, runs in times_s.items()]
-    return [*figures, measured(PART, side, "bytes", [size_bytes], settings)]
-
-
-def _timed(times_s: dict[str, list[float]], unit: str, work: Any) -> Any:
-    started_at_s = time.perf_counter()
-    result = work()
-    times_s.setdefault(unit, []).append(time.perf_counter() - started_at_s)
-    return result
-
-
 # --- Index ----------------------------------------------------------------------------------------------------------
 
 
@@ -294,13 +257,13 @@ def _index(config: Config, num_shards: Sequence[int], num_rounds: int) -> list[F
             def build(files: Any = files, cache: Directory = cache) -> list[Any]:
                 return ray.get([remote.remote(file, wanted, cache) for file in files])
 
-            index = Index(_timed(times_s, "s to build", build), wanted)
+            index = Index(timed(times_s, "s to build", build), wanted)
             for _ in range(num_rounds):
-                _timed(times_s, "s to load at a start", build)
+                timed(times_s, "s to load at a start", build)
                 reference = ray.put(index.for_reading())
-                fetched = _timed(times_s, "s of a read task to fetch", partial(ray.get, reference))
-                _timed(times_s, "s of its first read", partial(fetched.read, np.zeros(1, np.int64)))
-                _timed(times_s, "s of another read", partial(fetched.read, np.zeros(1, np.int64)))
+                fetched: Any = timed(times_s, "s of a read task to fetch", partial(ray.get, reference))
+                timed(times_s, "s of its first read", partial(fetched.read, np.zeros(1, np.int64)))
+                timed(times_s, "s of another read", partial(fetched.read, np.zeros(1, np.int64)))
             size_bytes = get_local_object_locations([reference])[reference]["object_size"]
         side, settings = f"index, {number} files", {"records of a file": index.num_samples // number, "source": first}
         figures += [measured(PART, side, unit, runs, settings) for unit, runs in times_s.items()]

@@ -29,7 +29,7 @@ from raybert.config import Config
 from raybert.config_file import config_from_yaml, config_to_yaml
 from raybert.feed import RankBatch
 from raybert.figure import Figure, measured, ratio, step_settings
-from raybert.optim import build_optimizer, clip_gradients, learning_rate
+from raybert.optim import build_optimizer, learning_rate
 from raybert.pretrained import save_pretrained
 from raybert.step import TrainState, autocast, create_state, train_step
 from raybert.world import World
@@ -41,7 +41,7 @@ Step = Callable[[RankBatch], object]
 def measure(config: Config, num_rounds: int, round_s: float) -> list[Figure]:
     """Samples and tokens a second of our step, and of transformers' if it is installed, in turns."""
     torch.set_num_threads(config.cluster.cpus_per_worker)
-    world = _world()
+    world = usual_world()
     batches = batches_in_memory(config, num_steps=1000)
     state = create_state(config.model, config.training, config.optimizer, world)
     steps: dict[str, Step] = {"raybert": lambda batch: _step(state, batch, config, world)}
@@ -62,7 +62,8 @@ def measure(config: Config, num_rounds: int, round_s: float) -> list[Figure]:
     return figures + ([ratio(figures[0], figures[1])] if len(steps) == 2 else [])
 
 
-def _world() -> World:
+def usual_world() -> World:
+    """A GPU if there is one."""
     return World(device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
 
@@ -114,6 +115,8 @@ class Peer:
             save_pretrained(directory, state.model.state_dict(), config.model)
             self.model = transformers.BertForPreTraining.from_pretrained(directory, attn_implementation="sdpa")
         self.model.to(device).train()
+        if config.training.compile:
+            self.model.compile()
         self._config, self._world, self._num_steps = config, World(device=device), 0
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.training.precision == "fp16")
@@ -146,7 +149,7 @@ class Peer:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._num_steps, optimizer, training.num_steps)
         self._scaler.unscale_(self._optimizer)
-        clip_gradients(self.model.parameters(), optimizer.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), optimizer.max_grad_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
@@ -159,7 +162,7 @@ class Peer:
 def steady_rate(config: Config, num_skipped: int) -> list[Figure]:
     """Samples a second over the configured steps but the first ones: what a run with Ray is compared with."""
     torch.set_num_threads(config.cluster.cpus_per_worker)
-    world = _world()
+    world = usual_world()
     batches = batches_in_memory(config, config.training.num_steps)
     state = create_state(config.model, config.training, config.optimizer, world)
     for number, batch in enumerate(itertools.islice(itertools.cycle(batches), config.training.num_steps)):

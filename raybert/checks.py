@@ -16,6 +16,7 @@ SMALLEST = {
     "training.num_steps": 1,
     "training.global_batch_size": 1,
     "training.micro_batch_size": 1,
+    "training.micro_batch_tokens": 0,
     "training.seed": 0,
     "training.log_every_steps": 1,
     "checkpoint.every_steps": 1,

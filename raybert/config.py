@@ -85,9 +85,15 @@ class TrainingConfig:
     global_batch_size: int = 256
     """Samples per step over all workers; constant for a run, whatever the number of workers."""
     micro_batch_size: int = 32
-    """Samples per forward and backward on one worker; bounds memory only."""
+    """Samples per forward and backward on one worker at most; bounds memory only."""
+    micro_batch_tokens: int = 0
+    """Real tokens per forward and backward at most; with it samples that are short go by more at once. 0 sets none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of forward and backward; weights stay fp32."""
+    compile: bool = False
+    """Compile the encoder's layers (torch.compile), which takes a minute or so when workers start; for GPUs."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in backward instead of keeping what is inside of it: less memory, a third more work."""
     use_next_sentence_label: bool = True
     """Train next sentence prediction too; false is masked LM only."""
     init_checkpoint: str | None = None

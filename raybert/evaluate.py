@@ -7,12 +7,11 @@ import math
 import numpy as np
 import torch
 
-from raybert.batch import micro_batches
 from raybert.config import TrainingConfig
 from raybert.index import Index, Ints
 from raybert.loss import Sums
 from raybert.model import BertForPreTraining
-from raybert.step import autocast, forward
+from raybert.step import autocast, cut, forward
 from raybert.world import World
 
 READ_SAMPLES = 4096
@@ -39,7 +38,7 @@ def evaluate(
     total = Sums.zero(world.device)
     for first in range(start, stop, READ_SAMPLES):
         features = index.read(np.arange(first, min(first + READ_SAMPLES, stop)))
-        for _, batch in micro_batches(features, training.micro_batch_size):
+        for _, batch in cut(features, model.config, training, world):
             with autocast(training, world):
                 total += forward(model, batch.to(world.device))
     model.train(was_training)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from raybert.allocator import malloc_settings
 from raybert.config import Config
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,14 @@ def ratio(ours: Figure, theirs: Figure) -> Figure:
     return Figure(ours.part, f"{ours.name} / {theirs.name}", "times", ours.value / theirs.value, runs, settings)
 
 
+def timed(times_s: dict[str, list[float]], unit: str, work: Callable[[], T]) -> T:
+    """What work gives; the seconds that it took are added to those of a unit."""
+    started_at_s = time.perf_counter()
+    result = work()
+    times_s.setdefault(unit, []).append(time.perf_counter() - started_at_s)
+    return result
+
+
 def step_settings(config: Config, device: torch.device) -> dict[str, Any]:
     """Under which training steps run in this process."""
     model, training = config.model, config.training
@@ -61,11 +72,13 @@ def step_settings(config: Config, device: torch.device) -> dict[str, Any]:
         "sequence_length": config.data.max_seq_length,
         "batch": training.global_batch_size,
         "micro_batch": training.micro_batch_size,
+        "micro_batch_tokens": training.micro_batch_tokens,
         "precision": training.precision,
         "weights": "float32",
         "dropout": model.hidden_dropout_prob,
         "attention_dropout": model.attention_probs_dropout_prob,
-        "compile": "none",
+        "compile": training.compile,
+        "activation_checkpointing": training.activation_checkpointing,
         "optimizer": f"{config.optimizer.type}, fused",
         "files": config.data.input_files,
     }

@@ -2,8 +2,8 @@
 
 MFU is as in PaLM (Chowdhery et al. 2022, appendix B): operations that the model needs, over what the devices could have
 done in the same time. Counted are the matrix products of a forward and a backward pass, a multiply-add as two, over
-real tokens; what is recomputed, and work on padding, is not. Embedding lookups, softmax, LayerNorm, dropout and the
-optimizer are left out, as there.
+real tokens, and behind the last attention over those that a loss looks at; what is recomputed, and work on padding, is
+not. Embedding lookups, softmax, LayerNorm, dropout and the optimizer are left out, as there.
 
 Letters: B samples, T real tokens, M masked tokens, D hidden, F feed-forward, V vocabulary.
 """
@@ -30,12 +30,16 @@ def training_flops(
     width = model.hidden_size
     num_tokens, num_samples = int(lengths.sum()), int(np.count_nonzero(lengths))
     num_pairs = int(np.square(lengths.astype(np.int64)).sum())  # of a query and a key that it may see
-    linear = 2 * num_tokens * (4 * width * width + 2 * width * model.intermediate_size)
+    num_wanted = num_masked + (num_samples if use_next_sentence else 0)  # behind the last layer's attention
+    inputs = 2 * num_tokens * 3 * width * width  # queries, keys, values
     attention = 2 * 2 * num_pairs * width  # scores, and the weighted sum of values
+    outputs = 2 * (width * width + 2 * width * model.intermediate_size)  # of a token
+    num_outputs = (model.num_hidden_layers - 1) * num_tokens + num_wanted
     masked_lm = 2 * num_masked * (width * width + width * model.vocab_size)
     next_sentence = 2 * num_samples * (width * width + 2 * width) if use_next_sentence else 0
     # Backward is two products of the same size for each one: the gradients of its two factors.
-    return 3 * (model.num_hidden_layers * (linear + attention) + masked_lm + next_sentence)
+    layers = model.num_hidden_layers * (inputs + attention) + num_outputs * outputs
+    return 3 * (layers + masked_lm + next_sentence)
 
 
 PRECISIONS = ("bf16", "fp16", "fp32")

@@ -2,8 +2,8 @@
 
 Module names are those of transformers' BertForPreTraining, so that the state dict has the names of its files.
 
-Shape letters: B samples, L sequence length, D hidden, H heads, K head size, F feed-forward, V vocabulary,
-M masked tokens of the micro-batch.
+Shape letters: T real tokens of the micro-batch, S sequences, B of them samples, M masked tokens, W those and the first
+of each sequence, D hidden, H heads, K head size, F feed-forward, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from raybert.attention import Sequences, attend
+from raybert.batch import Tokens
 from raybert.config import ModelConfig
+from raybert.dropout import Dropout
 from raybert.errors import UserError
 
 LAYER_NORM_EPS = 1e-12
@@ -90,30 +94,26 @@ class BertForPreTraining(nn.Module):
             module.requires_grad_(use_next_sentence)
         initialize_weights(self, config.initializer_range)
 
-    def forward(
-        self, input_ids: Tensor, input_mask: Tensor, segment_ids: Tensor, masked_positions: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, tokens: Tokens, masked_places: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of the masked tokens and of the sentence pairs.
 
         Args:
-            input_ids: [B, L] int32 or int64.
-            input_mask: [B, L], 1 at real tokens, 0 at padding. A sample may be all padding; its logits mean nothing
-                but are finite.
-            segment_ids: [B, L] int32 or int64.
-            masked_positions: [M] int32 or int64, flat indices b * L + position of the tokens to predict. M may be 0:
-                every trained parameter then still gets a gradient (of zeros), as DDP needs.
+            tokens: of B samples, in S sequences.
+            masked_places: [M] int64, which of the T tokens are to be predicted. M may be 0: every trained parameter
+                then still gets a gradient (of zeros), as DDP needs.
 
         Returns:
-            mlm_logits [M, V] and nsp_logits [B, 2] (0: the second sentence follows the first); None instead of
-            nsp_logits without next sentence prediction.
+            mlm_logits [M, V] and nsp_logits [S, 2] (0: the second sentence follows the first), of which the first B
+            are the samples'; None instead of nsp_logits without next sentence prediction.
         """
-        hidden_BLD = self.bert(input_ids, input_mask, segment_ids)
-        # Gather first: the transform and the projection to V then cost M rows instead of B * L.
-        hidden_MD = hidden_BLD.flatten(0, 1).index_select(0, masked_positions)
+        # Only these are looked at: what comes after the last attention costs M + S rows instead of T.
+        firsts = tokens.sequences.starts[:-1].long() if self.use_next_sentence else masked_places[:0]
+        hidden_WD = self.bert(tokens, torch.cat([masked_places, firsts]))
+        hidden_MD, first_SD = hidden_WD.split([len(masked_places), len(firsts)])  # [CLS] stands first
         mlm_logits_MV = self.cls.predictions(hidden_MD, self.bert.embeddings.word_embeddings.weight)
         if not self.use_next_sentence:
             return mlm_logits_MV, None
-        return mlm_logits_MV, self.cls.seq_relationship(self.bert.pooler(hidden_BLD))
+        return mlm_logits_MV, self.cls.seq_relationship(self.bert.pooler(first_SD))
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def initialize_weights(model: nn.Module, std: float) -> None:
 
 
 class Bert(nn.Module):
-    """Token ids to hidden states [B, L, D]."""
+    """Tokens to hidden states [W, D] of the wanted ones."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -139,21 +139,11 @@ class Bert(nn.Module):
         self.encoder = Encoder(config)
         self.pooler = Pooler(config)
 
-    def forward(self, input_ids: Tensor, input_mask: Tensor, segment_ids: Tensor) -> Tensor:
-        embedded_BLD = self.embeddings(input_ids, segment_ids)
-        hidden_BLD: Tensor = self.encoder(embedded_BLD, visible_keys(input_mask))
-        return hidden_BLD
-
-
-def visible_keys(input_mask: Tensor) -> Tensor:
-    """The attention mask [B, 1, 1, L], true where a key may be seen.
-
-    A sample that is all padding sees all its keys: a softmax over no key is NaN. Always a mask, since whether there is
-    any padding cannot be known on the host without waiting for the device.
-    """
-    visible_BL = input_mask.bool()
-    visible_BL = visible_BL | ~visible_BL.any(dim=1, keepdim=True)
-    return visible_BL[:, None, None, :]
+    def forward(self, tokens: Tokens, wanted: Tensor) -> Tensor:
+        longest, limit = tokens.sequences.longest, self.embeddings.position_embeddings.num_embeddings
+        assert longest <= limit, f"sequence length {longest} is beyond max_position_embeddings {limit}"
+        hidden_WD: Tensor = self.encoder(self.embeddings(tokens), tokens.sequences, wanted)
+        return hidden_WD
 
 
 class Embeddings(nn.Module):
@@ -163,30 +153,42 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        length, longest = input_ids.shape[1], self.position_embeddings.num_embeddings
-        assert length <= longest, f"sequence length {length} is beyond max_position_embeddings {longest}"
-        sum_BLD = self.word_embeddings(input_ids) + self.token_type_embeddings(segment_ids)
-        sum_BLD = sum_BLD + self.position_embeddings.weight[:length]
-        hidden_BLD: Tensor = self.dropout(self.LayerNorm(sum_BLD))
-        return hidden_BLD
+    def forward(self, tokens: Tokens) -> Tensor:
+        # The table has a gradient from the projection to V, too: on a CPU adding the rows that occur to that is cheaper
+        # than adding another table.
+        words, is_sparse = self.word_embeddings.weight, tokens.input_ids.device.type == "cpu"
+        sum_TD = F.embedding(tokens.input_ids, words, sparse=is_sparse) + self.token_type_embeddings(tokens.segment_ids)
+        sum_TD = sum_TD + self.position_embeddings(tokens.positions)
+        hidden_TD: Tensor = self.dropout(self.LayerNorm(sum_TD))
+        return hidden_TD
 
 
 class Encoder(nn.Module):
+    """The layers; with `recomputes`, backward computes what is inside of one again instead of keeping it."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.recomputes = False
 
-    def forward(self, hidden_BLD: Tensor, visible_B11L: Tensor) -> Tensor:
-        for layer in self.layer:
-            hidden_BLD = layer(hidden_BLD, visible_B11L)
-        return hidden_BLD
+    def forward(self, hidden_TD: Tensor, sequences: Sequences, wanted: Tensor) -> Tensor:
+        last = len(self.layer) - 1
+        for number, layer in enumerate(self.layer):
+            arguments = hidden_TD, sequences, wanted if number == last else None
+            if self.recomputes and self.training:  # Chen et al. 2016, "Training deep nets with sublinear memory cost"
+                hidden_TD = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                hidden_TD = layer(*arguments)
+        return hidden_TD
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each followed by dropout, residual sum and LayerNorm (post-LN)."""
+    """Attention and feed-forward, each followed by dropout, residual sum and LayerNorm (post-LN).
+
+    Where only some tokens are wanted, all are attended to, and the rest is done for those.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -194,10 +196,10 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config.intermediate_size, config)
 
-    def forward(self, hidden_BLD: Tensor, visible_B11L: Tensor) -> Tensor:
-        attended_BLD = self.attention(hidden_BLD, visible_B11L)
-        output_BLD: Tensor = self.output(self.intermediate(attended_BLD), attended_BLD)
-        return output_BLD
+    def forward(self, hidden_TD: Tensor, sequences: Sequences, wanted: Tensor | None) -> Tensor:
+        attended_TD = self.attention(hidden_TD, sequences, wanted)
+        output_TD: Tensor = self.output(self.intermediate(attended_TD), attended_TD)
+        return output_TD
 
 
 class Attention(nn.Module):
@@ -206,9 +208,12 @@ class Attention(nn.Module):
         self.self = SelfAttention(config)
         self.output = ResidualOutput(config.hidden_size, config)
 
-    def forward(self, hidden_BLD: Tensor, visible_B11L: Tensor) -> Tensor:
-        attended_BLD: Tensor = self.output(self.self(hidden_BLD, visible_B11L), hidden_BLD)
-        return attended_BLD
+    def forward(self, hidden_TD: Tensor, sequences: Sequences, wanted: Tensor | None) -> Tensor:
+        context_TD = self.self(hidden_TD, sequences)
+        if wanted is not None:
+            context_TD, hidden_TD = context_TD.index_select(0, wanted), hidden_TD.index_select(0, wanted)
+        attended_TD: Tensor = self.output(context_TD, hidden_TD)
+        return attended_TD
 
 
 class SelfAttention(nn.Module):
@@ -220,19 +225,18 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_BLD: Tensor, visible_B11L: Tensor) -> Tensor:
-        query_BHLK, key_BHLK, value_BHLK = (
-            project(hidden_BLD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
+    def forward(self, hidden_TD: Tensor, sequences: Sequences) -> Tensor:
+        hidden_TD = _lowered(hidden_TD)
+        query_THK, key_THK, value_THK = (
+            project(hidden_TD).unflatten(-1, (self.num_heads, -1)) for project in (self.query, self.key, self.value)
         )
-        context_BHLK = F.scaled_dot_product_attention(
-            query_BHLK,
-            key_BHLK,
-            value_BHLK,
-            attn_mask=visible_B11L,
-            dropout_p=self.dropout_prob if self.training else 0.0,
-        )
-        return context_BHLK.transpose(1, 2).flatten(2)
+        return attend(query_THK, key_THK, value_THK, sequences, self.dropout_prob if self.training else 0.0).flatten(1)
+
+
+def _lowered(x: Tensor) -> Tensor:
+    """x as autocast would have it, once for all who take it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Intermediate(nn.Module):
@@ -241,8 +245,8 @@ class Intermediate(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, hidden_BLD: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden_BLD))  # [B, L, F]
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return self.activation(self.dense(hidden_TD))  # [T, F]
 
 
 class ResidualOutput(nn.Module):
@@ -251,12 +255,12 @@ class ResidualOutput(nn.Module):
     def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(width, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
 
-    def forward(self, output: Tensor, residual_BLD: Tensor) -> Tensor:
-        hidden_BLD: Tensor = self.LayerNorm(residual_BLD + self.dropout(self.dense(output)))
-        return hidden_BLD
+    def forward(self, output: Tensor, residual_TD: Tensor) -> Tensor:
+        hidden_TD: Tensor = self.LayerNorm(residual_TD + self.dropout(self.dense(output)))
+        return hidden_TD
 
 
 class Pooler(nn.Module):
@@ -264,8 +268,8 @@ class Pooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_BLD: Tensor) -> Tensor:
-        return torch.tanh(self.dense(hidden_BLD[:, 0]))  # [CLS] stands first: [B, D]
+    def forward(self, first_SD: Tensor) -> Tensor:
+        return torch.tanh(self.dense(first_SD))
 
 
 class PreTrainingHeads(nn.Module):

@@ -156,31 +156,39 @@ def _trust_ratios(params: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
     return [ratio if param.ndim > 1 else torch.ones_like(ratio) for ratio, param in zip(ratios, params, strict=True)]
 
 
-def update(optimizer: torch.optim.Optimizer, is_skipped: Tensor) -> None:
-    """One update; none, of weights, moments and their count alike, where it is to be skipped.
+def update(optimizer: torch.optim.Optimizer, grad_norm: Tensor, max_norm: float) -> Tensor:
+    """One update by gradients scaled down so that their common 2-norm is at most max_norm; 0 only measures.
 
-    AdamW does not wait for the device to know; LAMB does.
+    None is made, of weights, moments and their count alike, where the norm is not finite. AdamW does not wait for the
+    device to know; LAMB does.
 
     Args:
         optimizer: from `build_optimizer`.
-        is_skipped: 0-d bool, on the device.
+        grad_norm: 0-d, of all gradients.
+        max_norm: of the gradients that the optimizer sees.
+
+    Returns:
+        0-d bool on the device, whether the update was skipped.
     """
+    is_skipped = ~torch.isfinite(grad_norm)
+    # As torch's clip_grad_norm_ has it, but one over it.
+    divisor = ((grad_norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(grad_norm)
     if isinstance(optimizer, Lamb):
         if not is_skipped:
+            torch._foreach_div_(_gradients(optimizer), divisor)
             optimizer.step()
-        return
-    optimizer.found_inf = is_skipped.float()  # type: ignore[attr-defined]  # GradScaler's way into the fused kernel
+        return is_skipped
+    # GradScaler's way into the fused kernel, which then reads the gradients once.
+    optimizer.grad_scale, optimizer.found_inf = divisor.float(), is_skipped.float()  # type: ignore[attr-defined]
     optimizer.step()
+    return is_skipped
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales all gradients down, in place, so that their common 2-norm is at most max_norm; 0 only measures.
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    params = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [parameter.grad for parameter in params if parameter.grad is not None]
 
-    Returns the norm before clipping, a 0-d tensor on the device; does not wait for it. A norm that is not finite is
-    returned as it is, and the gradients are then not usable.
-    """
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    total_norm = nn.utils.get_total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
-    if max_norm:
-        nn.utils.clip_grads_with_norm_(with_gradient, max_norm, total_norm)
-    return total_norm
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The common 2-norm of all gradients, 0-d, on the device; does not wait for it."""
+    return nn.utils.get_total_norm(_gradients(optimizer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -9,18 +10,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from raybert.batch import MicroBatch, micro_batches
+from raybert.attention import has_flash
+from raybert.batch import Arrays, MicroBatch, micro_batches
 from raybert.config import ModelConfig, OptimizerConfig, TrainingConfig
+from raybert.example import Schema
 from raybert.feed import RankBatch
 from raybert.flops import training_flops
 from raybert.loss import Sums, mlm_sums, nsp_sums, total_loss
 from raybert.model import BertForPreTraining
-from raybert.optim import build_optimizer, clip_gradients, learning_rate, update
+from raybert.optim import build_optimizer, gradient_norm, learning_rate, update
 from raybert.order import rank_slice
 from raybert.progress import AVERAGE, reached
 from raybert.stopwatch import Mark, mark
 from raybert.world import World, without_sync
 
+TOKEN_BUCKET = 512  # on a GPU, where a shape that was not seen before costs time
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,6 +74,10 @@ def create_state(model: ModelConfig, training: TrainingConfig, optimizer: Optimi
     """The state at step 0, with weights that depend on the seed alone."""
     torch.manual_seed(training.seed)
     bert = BertForPreTraining(model, training.use_next_sentence_label).to(world.device)
+    bert.bert.encoder.recomputes = training.activation_checkpointing
+    if training.compile:
+        for layer in bert.bert.encoder.layer:
+            layer.compile(dynamic=True)
     return TrainState(
         model=bert,
         parallel=world.wrap(bert),
@@ -91,9 +99,8 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, optimizer, training.num_steps)
     state.scaler.unscale_(state.optimizer)
-    grad_norm = clip_gradients(state.model.parameters(), optimizer.max_grad_norm)
-    skipped = ~torch.isfinite(grad_norm)
-    update(state.optimizer, skipped)
+    grad_norm = gradient_norm(state.optimizer)
+    skipped = update(state.optimizer, grad_norm, optimizer.max_grad_norm)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.num_skipped += skipped
@@ -115,29 +122,39 @@ def pass_over(state: TrainState, world: World) -> StepResult:
 def _backward(state: TrainState, batch: RankBatch, training: TrainingConfig, world: World) -> tuple[Sums, Mark]:
     """Accumulate gradients of this rank's slice; the last micro-batch averages them over ranks, from the mark on."""
     place = rank_slice(training.global_batch_size, world.rank, world.size).start
-    parts = list(micro_batches(batch.features, training.micro_batch_size))
+    parts = list(cut(batch.features, state.model.config, training, world))
     total, averaging = Sums.zero(world.device), mark(world.device)
-    for number, (start, part) in enumerate(parts):
-        # Random numbers belong to the place in the global batch, so that nothing random has to be saved.
-        torch.manual_seed(_random_seed(training.seed, batch.step, place + start))
-        last = number == len(parts) - 1
-        with nullcontext() if last else without_sync(state.parallel):
-            with autocast(training, world):
+    with autocast(training, world):  # around all of them, so that the weights are cast once
+        for number, (start, part) in enumerate(parts):
+            # Random numbers belong to the place in the global batch, so that nothing random has to be saved.
+            torch.manual_seed(_random_seed(training.seed, batch.step, place + start))
+            last = number == len(parts) - 1
+            with nullcontext() if last else without_sync(state.parallel):
                 sums = forward(state.parallel, part.to(world.device))
-            loss = total_loss(sums, batch.global_weight, training.global_batch_size, world.size)
-            if last:
-                reached(batch.step, AVERAGE)
-                averaging = mark(world.device)
-            state.scaler.scale(loss).backward()
-        total += sums.detach()
+                with torch.autocast(world.device.type, enabled=False):
+                    loss = total_loss(sums, batch.global_weight, training.global_batch_size, world.size)
+                    if last:
+                        reached(batch.step, AVERAGE)
+                        averaging = mark(world.device)
+                    state.scaler.scale(loss).backward()
+            total += sums.detach()
     return total, averaging
+
+
+def cut(
+    features: Arrays, model: ModelConfig, training: TrainingConfig, world: World
+) -> Iterator[tuple[int, MicroBatch]]:
+    """Samples as micro-batches that this rank's device takes best, each with the place of its first sample."""
+    in_groups = not has_flash(world.device, training.precision, model.hidden_size // model.num_attention_heads)
+    bucket = TOKEN_BUCKET if world.device.type == "cuda" else 1
+    return micro_batches(features, training.micro_batch_size, training.micro_batch_tokens, bucket, in_groups)
 
 
 def forward(model: nn.Module, batch: MicroBatch) -> Sums:
     """Loss and accuracy sums of a micro-batch."""
-    mlm_logits, nsp_logits = model(batch.input_ids, batch.input_mask, batch.segment_ids, batch.masked_positions)
-    mlm = mlm_sums(mlm_logits, batch.masked_labels, batch.masked_weights)
-    return Sums.of(mlm, None if nsp_logits is None else nsp_sums(nsp_logits, batch.next_sentence_labels))
+    mlm_logits, nsp_logits = model(batch.tokens, batch.masked_places)
+    mlm, labels = mlm_sums(mlm_logits, batch.masked_labels, batch.masked_weights), batch.next_sentence_labels
+    return Sums.of(mlm, None if nsp_logits is None else nsp_sums(nsp_logits[: len(labels)], labels))
 
 
 def autocast(training: TrainingConfig, world: World) -> AbstractContextManager[object]:
@@ -155,8 +172,8 @@ def settle_buckets(state: TrainState, seq_length: int, training: TrainingConfig,
     """
     if world.size == 1:
         return
-    ids, zero = torch.zeros(1, seq_length, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-    batch = MicroBatch(ids, ids == 0, ids, zero, zero, torch.ones(1), zero)
+    features = Schema(seq_length, 1, 1, 1).empty(1) | {"masked_lm_weights": np.ones((1, 1), np.float32)}
+    ((_, batch),) = cut(features, state.model.config, training, world)
     with autocast(training, world):
         sums = forward(state.parallel, batch.to(world.device))
     total_loss(sums, 1, 1).backward()

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 
+from raybert.batch import pack
 from raybert.config import ModelConfig
 from raybert.errors import UserError
-from raybert.model import ACTIVATIONS, BertForPreTraining, check_model_config, visible_keys
+from raybert.model import ACTIVATIONS, BertForPreTraining, check_model_config
 from raybert.pretrained import transformers_config
 
 TINY = ModelConfig(
@@ -28,12 +29,23 @@ def tiny_model(seed: int = 0, use_next_sentence: bool = True, **changes) -> Bert
     return BertForPreTraining(replace(TINY, **changes), use_next_sentence)
 
 
-def batch(num_real=(12, 12), length=12, dtype=torch.int64):
+def batch(num_real=(12, 12), length=12):
+    """Of the longest sample first, as our model takes them."""
     generator = torch.Generator().manual_seed(3)
-    input_ids = torch.randint(0, TINY.vocab_size, (len(num_real), length), generator=generator, dtype=dtype)
-    segment_ids = torch.randint(0, 2, (len(num_real), length), generator=generator, dtype=dtype)
-    input_mask = (torch.arange(length) < torch.tensor(num_real)[:, None]).to(dtype)
+    input_ids = torch.randint(0, TINY.vocab_size, (len(num_real), length), generator=generator)
+    segment_ids = torch.randint(0, 2, (len(num_real), length), generator=generator)
+    input_mask = (torch.arange(length) < torch.tensor(num_real)[:, None]).long()
     return input_ids, input_mask, segment_ids
+
+
+def packed(input_ids, input_mask, segment_ids):
+    """The real tokens of a batch."""
+    return pack(input_ids.numpy(), segment_ids.numpy(), input_mask.numpy().astype(bool))[0]
+
+
+def places(input_mask, masked_positions=MASKED_POSITIONS):
+    """Which of the real tokens stand at flat positions."""
+    return input_mask.flatten().cumsum(0)[masked_positions] - 1
 
 
 def randomized(model: BertForPreTraining) -> BertForPreTraining:
@@ -58,12 +70,11 @@ def transformers_twin(model: BertForPreTraining) -> transformers.BertForPreTrain
 def test_logits_equal_those_of_transformers(hidden_act, num_real):
     model = randomized(tiny_model(hidden_act=hidden_act)).eval()
     input_ids, input_mask, segment_ids = batch(num_real)
-    mlm_logits, nsp_logits = model(input_ids, input_mask, segment_ids, MASKED_POSITIONS)
+    masked = MASKED_POSITIONS[input_mask.flatten()[MASKED_POSITIONS] == 1]
+    mlm_logits, nsp_logits = model(packed(input_ids, input_mask, segment_ids), places(input_mask, masked))
     theirs = transformers_twin(model)(input_ids, attention_mask=input_mask, token_type_ids=segment_ids)
     torch.testing.assert_close(nsp_logits, theirs.seq_relationship_logits, atol=1e-5, rtol=0)
-    real = input_mask.flatten()[MASKED_POSITIONS].bool()
-    expected = theirs.prediction_logits.flatten(0, 1)[MASKED_POSITIONS]
-    torch.testing.assert_close(mlm_logits[real], expected[real], atol=1e-5, rtol=0)
+    torch.testing.assert_close(mlm_logits, theirs.prediction_logits.flatten(0, 1)[masked], atol=1e-5, rtol=0)
 
 
 def test_state_dict_has_the_names_that_transformers_stores(tmp_path):
@@ -75,38 +86,21 @@ def test_state_dict_has_the_names_that_transformers_stores(tmp_path):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@torch.no_grad()
-def test_what_stands_in_padding_changes_nothing(dtype):
-    model = randomized(tiny_model()).eval()
-    input_ids, input_mask, segment_ids = batch((9, 4), dtype=dtype)
-    positions = torch.tensor([0, 8, 12, 15], dtype=dtype)
-    before = model(input_ids, input_mask, segment_ids, positions)
-    padding = input_mask == 0
-    after = model(input_ids.masked_fill(padding, 7), input_mask, segment_ids.masked_fill(padding, 1), positions)
-    for one, other in zip(before, after, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_int32_equals_int64():
-    model = tiny_model().eval()
-    wide = batch((12, 5))
-    narrow = [ids.to(torch.int32) for ids in wide]
-    for one, other in zip(model(*wide, MASKED_POSITIONS), model(*narrow, MASKED_POSITIONS.int()), strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_sample_of_padding_alone_is_finite_and_leaves_the_others_as_they_are(training):
-    model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.1 if training else 0.0).train(training)
-    input_ids, input_mask, segment_ids = batch((12, 0))
-    mlm_logits, nsp_logits = model(input_ids, input_mask, segment_ids, torch.tensor([1, 3]))
-    (mlm_logits.square().sum() + nsp_logits[0].sum() + 0.0 * nsp_logits[1].sum()).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    if not training:
-        alone = model(input_ids[:1], input_mask[:1], segment_ids[:1], torch.tensor([1, 3]))
-        torch.testing.assert_close(mlm_logits, alone[0], atol=1e-6, rtol=0)
-        torch.testing.assert_close(nsp_logits[:1], alone[1], atol=1e-6, rtol=0)
+@pytest.mark.parametrize("bucket", [5, 64])
+def test_what_fills_up_a_bucket_changes_nothing(bucket):
+    """Neither logits nor gradients; the next sentence logits of what fills up come last."""
+    model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    input_ids, input_mask, segment_ids = batch((9, 4))
+    arrays = input_ids.numpy(), segment_ids.numpy(), input_mask.numpy().astype(bool)
+    results = []
+    for tokens in (pack(*arrays)[0], pack(*arrays, bucket)[0]):
+        mlm_logits, nsp_logits = model(tokens, torch.tensor([0, 8, 9, 12]))
+        (mlm_logits.square().sum() + nsp_logits[:2].square().sum()).backward()
+        results.append([mlm_logits, nsp_logits[:2], *(parameter.grad for parameter in model.parameters())])
+        model.zero_grad()
+    assert len(tokens.input_ids) == -(-13 // bucket) * bucket
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -114,7 +108,7 @@ def test_a_sample_of_padding_alone_is_finite_and_leaves_the_others_as_they_are(t
 def test_without_masked_tokens_every_trained_parameter_gets_a_gradient(use_next_sentence, autocast):
     model = tiny_model(use_next_sentence=use_next_sentence)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        mlm_logits, nsp_logits = model(*batch(), torch.zeros(0, dtype=torch.int64))
+        mlm_logits, nsp_logits = model(packed(*batch()), torch.zeros(0, dtype=torch.int64))
     assert mlm_logits.shape == (0, TINY.vocab_size)
     loss = mlm_logits.float().sum() if nsp_logits is None else mlm_logits.float().sum() + nsp_logits.float().sum()
     loss.backward()
@@ -126,7 +120,7 @@ def test_without_masked_tokens_every_trained_parameter_gets_a_gradient(use_next_
 def test_without_next_sentence_the_state_dict_is_the_same_and_the_head_is_not_trained():
     with_nsp, without_nsp = tiny_model(), tiny_model(use_next_sentence=False)
     assert with_nsp.state_dict().keys() == without_nsp.state_dict().keys()
-    assert without_nsp(*batch(), MASKED_POSITIONS)[1] is None
+    assert without_nsp(packed(*batch()), MASKED_POSITIONS)[1] is None
     assert [name for name, parameter in without_nsp.named_parameters() if not parameter.requires_grad] == [
         "bert.pooler.dense.weight",
         "bert.pooler.dense.bias",
@@ -138,7 +132,7 @@ def test_without_next_sentence_the_state_dict_is_the_same_and_the_head_is_not_tr
 def test_word_embeddings_learn_from_both_ends():
     model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     input_ids, input_mask, segment_ids = batch()
-    mlm_logits, _ = model(input_ids, input_mask, segment_ids, MASKED_POSITIONS)
+    mlm_logits, _ = model(packed(input_ids, input_mask, segment_ids), MASKED_POSITIONS)
     F.cross_entropy(mlm_logits, torch.tensor([1, 2, 3, 4])).backward()
     gradient = model.bert.embeddings.word_embeddings.weight.grad
     absent = sorted(set(range(TINY.vocab_size)) - set(input_ids.flatten().tolist()))
@@ -146,20 +140,13 @@ def test_word_embeddings_learn_from_both_ends():
     assert (gradient[absent].abs().sum(dim=1) > 0).all()  # through the output alone
 
 
-def test_every_sample_sees_some_key():
-    # On some devices attention over no key is NaN; on CPU it is not, so the mask itself is looked at.
-    input_mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]])
-    expected = torch.tensor([[True, True, False], [True, True, True], [True, True, True]])
-    assert torch.equal(visible_keys(input_mask), expected[:, None, None, :])
-
-
 @pytest.mark.parametrize("kind", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_dropout_is_on_in_training_only(kind):
     model = tiny_model(**{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, kind: 0.1})
     torch.manual_seed(0)
-    assert not torch.equal(model(*batch(), MASKED_POSITIONS)[0], model(*batch(), MASKED_POSITIONS)[0])
+    assert not torch.equal(model(packed(*batch()), MASKED_POSITIONS)[0], model(packed(*batch()), MASKED_POSITIONS)[0])
     model.eval()
-    assert torch.equal(model(*batch(), MASKED_POSITIONS)[0], model(*batch(), MASKED_POSITIONS)[0])
+    assert torch.equal(model(packed(*batch()), MASKED_POSITIONS)[0], model(packed(*batch()), MASKED_POSITIONS)[0])
 
 
 def test_initial_weights_are_a_truncated_normal():

@@ -13,9 +13,10 @@ from raybert.optim import (
     Lamb,
     build_optimizer,
     check_optimizer_config,
-    clip_gradients,
+    gradient_norm,
     learning_rate,
     parameter_groups,
+    update,
 )
 
 CONFIG = OptimizerConfig(learning_rate=2e-3, warmup_steps=10)
@@ -170,17 +171,31 @@ def test_adamw_decays_before_the_adam_step_and_only_kernels():
     torch.testing.assert_close(result["bias"], bias - 0.05 * direction["bias"])
 
 
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
 @pytest.mark.parametrize(("max_norm", "factor"), [(1.0, 0.2), (2.5, 0.5), (5.1, 1.0), (0.0, 1.0)])
-def test_gradients_are_clipped_by_their_common_norm(max_norm, factor):
-    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2, 1)), nn.Parameter(torch.zeros(3))]
-    parameters[0].grad, parameters[1].grad = torch.tensor([3.0]), torch.tensor([[4.0], [0.0]])
-    assert clip_gradients(iter(parameters), max_norm).item() == 5.0
-    torch.testing.assert_close(parameters[0].grad, torch.tensor([3.0 * factor]))
-    torch.testing.assert_close(parameters[1].grad, torch.tensor([[4.0 * factor], [0.0]]))
-    assert parameters[2].grad is None
+def test_gradients_are_clipped_by_their_common_norm(max_norm, factor, kind):
+    """The update is that of gradients times a factor; with an epsilon that is not small their size matters."""
+    config = replace(CONFIG, type=kind, epsilon=0.5)
+    results = []
+    for norm, scale in ((max_norm, 1.0), (0.0, factor)):
+        parameters = [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2, 1)), nn.Parameter(torch.ones(3))]
+        optimizer = build_optimizer(nn.ParameterList(parameters), config)
+        for _ in range(3):
+            parameters[0].grad, parameters[1].grad = torch.tensor([3.0]) * scale, torch.tensor([[4.0], [0.0]]) * scale
+            found = gradient_norm(optimizer)
+            assert found.item() == pytest.approx(5.0 * scale)
+            assert not update(optimizer, found, norm)
+        assert parameters[2].grad is None and torch.equal(parameters[2], torch.ones(3))
+        results.append(torch.cat([parameter.detach().ravel() for parameter in parameters]))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+    assert (results[0][:2] != 1).all()
 
 
-def test_a_norm_that_is_not_finite_is_reported():
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([1.0, math.inf])
-    assert clip_gradients([parameter], 1.0).item() == math.inf
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+def test_a_norm_that_is_not_finite_makes_no_update(kind):
+    parameter = nn.Parameter(torch.ones(2, 1))
+    optimizer = build_optimizer(nn.ParameterList([parameter]), replace(CONFIG, type=kind))
+    parameter.grad = torch.tensor([[1.0], [math.inf]])
+    assert gradient_norm(optimizer).item() == math.inf
+    assert update(optimizer, gradient_norm(optimizer), 1.0)
+    assert torch.equal(parameter, torch.ones(2, 1))

@@ -8,6 +8,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from raybert.batch import pack
 from raybert.config import ModelConfig
 from raybert.errors import UserError
 from raybert.model import BertForPreTraining
@@ -64,7 +65,8 @@ def logits_of_both(model, twin):
     input_mask = torch.ones_like(input_ids)
     segment_ids = torch.zeros_like(input_ids)
     segment_ids[:, 5:] = 1
-    mlm_logits, nsp_logits = model(input_ids, input_mask, segment_ids, torch.arange(18))
+    tokens, *_ = pack(input_ids.numpy(), segment_ids.numpy(), input_mask.numpy() == 1)
+    mlm_logits, nsp_logits = model(tokens, torch.arange(18))
     theirs = twin(input_ids, attention_mask=input_mask, token_type_ids=segment_ids)
     return (mlm_logits, nsp_logits), (theirs.prediction_logits.flatten(0, 1), theirs.seq_relationship_logits)
 

@@ -177,6 +177,19 @@ def test_gradients_do_not_depend_on_micro_batches(index, micro_batch_size):
     torch.testing.assert_close(grads, expected, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_checkpointing_changes_nothing(index, precision):
+    """With dropout, bitwise: what is computed again is the same."""
+    found = []
+    for recomputes in (False, True):
+        training = replace(TRAINING, precision=precision, activation_checkpointing=recomputes)
+        state = create_state(WITH_DROPOUT, training, OPTIMIZER, World())
+        for batch in batches(index, World(), stop_step=2):
+            train_step(state, batch, training, OPTIMIZER, World())
+        found.append(weights(state))
+    assert torch.equal(*found)
+
+
 def test_masked_lm_only_leaves_the_next_sentence_head_alone(index):
     training = replace(TRAINING, use_next_sentence_label=False)
     state = make_state(World(), training=training)
