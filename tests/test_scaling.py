@@ -9,6 +9,7 @@ from nodes import free_ports
 from ranks import run_ranks
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.config import RunConfig, ScalingConfig
 
 from raybert import launch, scaling, spares
@@ -31,12 +32,11 @@ def test_our_policy_takes_the_place_of_rays(keeps_spares, monkeypatch):
     run = RunConfig(worker_runtime_env={})
     settings = {"tell": print, "hang_timeout_s": 60, "keeps_spares": keeps_spares}
     trainer = ElasticTrainer(print, scaling_config=ScalingConfig(num_workers=(1, 2)), run_config=run, **settings)
-    callbacks = trainer._create_default_callbacks()
+    callbacks = [ControllerCallback(), PlacementGroupCleanerCallback(), ControllerCallback()]
     trainer._initialize_and_run_controller(scaling_policy="Ray's", train_fn_ref="kept", callbacks=callbacks)
     assert isinstance(given["scaling_policy"], CheckpointedScaling)
     assert given["train_fn_ref"] == "kept"
-    (left_out,) = [each for each in callbacks if each not in given["callbacks"]]
-    assert isinstance(left_out, PlacementGroupCleanerCallback)  # its process outlives a driver that is killed
+    assert given["callbacks"] == callbacks[::2]  # the cleaner's process would outlive a driver that is killed
     assert trainer.run_config.worker_runtime_env == (spares.ENVIRONMENT if keeps_spares else {})
 
 
