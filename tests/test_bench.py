@@ -62,7 +62,7 @@ def test_step_runs_under_the_settings_it_names(tmp_path):
             "weights": "float32",
             "dropout": 0.2,
             "attention_dropout": 0.2,
-            "compile": "none",
+            "compile": False,
         }
         assert {key: figure["settings"][key] for key in expected} == expected
 
