@@ -22,7 +22,7 @@ from raybert.storage import Directory
 from raybert.telemetry import read_metrics
 from raybert.worker import Job, train_worker
 
-NUM_STEPS, EVERY_STEPS = 150, 4
+NUM_STEPS, EVERY_STEPS = 400, 4  # more than a run makes during an outage
 SLOW_S = 0.05
 
 
