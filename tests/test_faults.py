@@ -6,7 +6,9 @@ Some of them run with all other tests; `pytest -m nightly tests/test_faults.py` 
 
 import os
 import shutil
+import signal
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from faults import HELPERS, leftovers, raylet, scene, seeded_schedule
 from helpers import SAMPLE_FILE, SAMPLE_SCHEMA, build_index
-from nodes import attempts, cluster, descendants, finish, logged_steps, running, shown_steps, wait_until
+from nodes import attempts, cluster, descendants, finish, is_alive, logged_steps, running, shown_steps, wait_until
 from outages import UPLOADS, faulty_store, full, small_disk
 from runs import assert_exactly_once, changes, flags, last_weights, relative_distance, undisturbed_weights
 
@@ -72,6 +74,29 @@ def two_workers(directory, index, weights, **settings):
 def test_without_its_controller_a_run_ends_and_the_same_command_resumes_it(tmp_path, sample_index, weights_of_two):
     with two_workers(tmp_path, sample_index, weights_of_two) as stage:
         assert stage.recover("kill_controller").redone <= REDONE
+
+
+@pytest.mark.nightly
+def test_without_the_head_a_run_ends_and_another_cluster_resumes_it(tmp_path, sample_index, weights_of_two):
+    """All of the head's node dies at once but the command, which ends by itself; no worker goes on."""
+    with scene(tmp_path, 2, training__num_steps=NUM_STEPS, cluster__num_workers=2) as stage:
+        workers = stage.pids()
+        for processes in stage.nodes.head_node.all_processes.values():
+            for each in processes:
+                os.kill(each.process.pid, signal.SIGKILL)
+        code = stage.process.wait(180)
+        print(code, stage.process.read_output()[-3000:])
+        assert code != 0
+        until_s = time.monotonic() + 120
+        while any(map(is_alive, workers)):
+            assert time.monotonic() < until_s
+            time.sleep(0.5)
+    settings = {"training__num_steps": NUM_STEPS, "cluster__num_workers": 2, "cluster__cpus_per_worker": 2}
+    with cluster(2) as nodes, running(nodes.address, *flags(stage.run_dir, **settings)) as process:
+        finish(process)
+        assert leftovers(nodes) == []
+    assert proven(stage.run_dir, NUM_STEPS, sample_index) == [2] * NUM_STEPS
+    assert torch.equal(last_weights(stage.run_dir), weights_of_two)
 
 
 @pytest.mark.nightly
