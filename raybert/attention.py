@@ -9,7 +9,7 @@ Shape letters: T tokens, S sequences, H heads, K head size; of a group of G sequ
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,16 +137,16 @@ def _spread(tokens: Tensor, group: Group) -> Tensor:
     """[N, ...] tokens to [G * L, ...] places."""
     if group.places is None:
         return tokens
-    spread: Tensor = _Spread.apply(tokens, group.places, group.sources)  # type: ignore[no-untyped-call]
-    return spread
+    apply: Callable[..., Tensor] = _Spread.apply
+    return apply(tokens, group.places, group.sources)
 
 
 def _gather(spread: Tensor, group: Group) -> Tensor:
     """[G * L, ...] places to [N, ...] tokens."""
     if group.places is None:
         return spread
-    tokens: Tensor = _Gather.apply(spread, group.places)  # type: ignore[no-untyped-call]
-    return tokens
+    apply: Callable[..., Tensor] = _Gather.apply
+    return apply(spread, group.places)
 
 
 class _Spread(torch.autograd.Function):

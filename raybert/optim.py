@@ -178,9 +178,9 @@ def update(optimizer: torch.optim.Optimizer, grad_norm: Tensor, max_norm: float)
             torch._foreach_div_(_gradients(optimizer), divisor)
             optimizer.step()
         return is_skipped
-    # GradScaler's way into the fused kernel, which then reads the gradients once.
-    optimizer.grad_scale, optimizer.found_inf = divisor.float(), is_skipped.float()  # type: ignore[attr-defined]
-    optimizer.step()
+    fused: Any = optimizer  # GradScaler's way into the kernel, which then reads the gradients once
+    fused.grad_scale, fused.found_inf = divisor.float(), is_skipped.float()
+    fused.step()
     return is_skipped
 
 
