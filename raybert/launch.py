@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -49,6 +49,7 @@ from raybert.worker import VOCABULARY, Job, train_ray_worker, train_worker
 
 SKIPPED, BASELINES = "skipped_records.json", "baselines.json"
 POLL_S = 0.3
+END_S = 10.0  # that an interrupted run's controller may take to end
 SHORTAGE_S = 60.0  # between two looks at whether the run waits for nodes
 MAX_BAD_RECORDS = 20  # after so many, a file that is refused is not read on
 
@@ -288,6 +289,8 @@ def _fit(job: Job, display: Display, ledger: Ledger, local: Path) -> None:
         _follow(thread, inbox, job, display, ledger)
     finally:
         cluster.cancel_request(trainer.train_run_context.run_id)
+        if thread.is_alive():  # interrupted
+            _end(thread, inbox)
     if isinstance(outcome[0], RayActorError):  # of workers that die, Ray Train makes an error of its own
         raise UserError(
             "Ray Train's controller, a process on the driver's node, has died, perhaps for want of memory; the same "
@@ -295,6 +298,15 @@ def _fit(job: Job, display: Display, ledger: Ledger, local: Path) -> None:
         ) from outcome[0]
     if outcome[0] is not None:
         raise cause_of(outcome[0])
+
+
+def _end(thread: threading.Thread, inbox: Any) -> None:
+    """End the controller, and so the thread that waits for it: under a call that waits, Ray's shutdown may crash."""
+    with suppress(RayError):
+        controller = ray.get(inbox.controller.remote(), timeout=END_S)
+        if controller is not None:
+            ray.kill(controller)
+            thread.join(END_S)
 
 
 def _follow(thread: threading.Thread, inbox: Any, job: Job, display: Display, ledger: Ledger) -> None:

@@ -33,7 +33,8 @@ from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroupPol
 from ray.train.v2.api.config import ScalingConfig
 
 from raybert import hold
-from raybert.events import Event, Tell
+from raybert.events import Event
+from raybert.inbox import Post
 from raybert.lookout import Lookout
 from raybert.spares import ACTORS, ENVIRONMENT, Spares, environment
 
@@ -150,11 +151,11 @@ class Persistence:
 class CheckpointedScaling(ElasticScalingPolicy):
     """Starts on nodes that answer, leaves nodes that are about to go, and grows or shrinks right after a checkpoint."""
 
-    def __init__(self, scaling_config: ScalingConfig, tell: Tell, hang_timeout_s: float, keeps_spares: bool) -> None:
+    def __init__(self, scaling_config: ScalingConfig, tell: Post, hang_timeout_s: float, keeps_spares: bool) -> None:
         """Args:
         scaling_config: smallest and largest number of workers; a wish for another number must last its
             `elastic_resize_monitor_interval_s` before it is followed.
-        tell: takes events to the driver.
+        tell: takes events, and a handle of the process that this runs in, to the driver.
         hang_timeout_s: after which a worker that does not answer is killed.
         keeps_spares: whether processes wait for the next group of workers.
         """
@@ -174,6 +175,11 @@ class CheckpointedScaling(ElasticScalingPolicy):
         self._looked_at_s = self._asked_at_s = -math.inf
         self._possible: int | None = None
         self._rooms: dict[str, int] = {}
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Let the driver know whom to end when it is interrupted."""
+        super().after_controller_start(train_run_context)
+        self._tell.greet(ray.get_runtime_context().current_actor)
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """As many workers as there is room for now."""
@@ -320,7 +326,7 @@ class ElasticTrainer(TorchTrainer):
         self,
         *arguments: Any,
         run_config: Any,
-        tell: Tell,
+        tell: Post,
         hang_timeout_s: float,
         keeps_spares: bool,
         **named: Any,
