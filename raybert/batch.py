@@ -9,7 +9,7 @@ S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -57,19 +57,23 @@ class MicroBatch:
     masked_weights: torch.Tensor
     next_sentence_labels: torch.Tensor
 
+    def pinned(self) -> MicroBatch:
+        """The same in memory that a GPU copies from by itself."""
+        return _moved(self, torch.Tensor.pin_memory)
+
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device; copies to a GPU are pinned and do not wait."""
-        return self if device.type == "cpu" else _moved(self, device)
+        """The same on a device; nobody waits for the copies of what is pinned."""
+        return self if device.type == "cpu" else _moved(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _moved(held: Held, device: torch.device) -> Held:
-    """What holds tensors, however deep, with all of them on a device."""
+def _moved(held: Held, move: Callable[[torch.Tensor], torch.Tensor]) -> Held:
+    """What holds tensors, however deep, with all of them moved."""
     if isinstance(held, torch.Tensor):
-        return cast(Held, held.pin_memory().to(device, non_blocking=True))
+        return cast(Held, move(held))
     if isinstance(held, tuple):
-        return cast(Held, tuple(_moved(each, device) for each in held))
+        return cast(Held, tuple(_moved(each, move) for each in held))
     if is_dataclass(held) and not isinstance(held, type):
-        moved = {field.name: _moved(getattr(held, field.name), device) for field in fields(held)}
+        moved = {field.name: _moved(getattr(held, field.name), move) for field in fields(held)}
         return cast(Held, replace(held, **moved))
     return held
 

@@ -18,6 +18,7 @@ from raybert.config import Config
 from raybert.figure import Figure, measured, ratio, timed
 from raybert.history import begin_attempt
 from raybert.manifest import CHECKPOINTS, newest_checkpoint, open_checkpoint
+from raybert.plan import plan
 from raybert.step import create_state, train_step
 from raybert.storage import Directory
 
@@ -29,7 +30,8 @@ def measure(config: Config, num_rounds: int) -> list[Figure]:
     training = replace(config.training, global_batch_size=1)
     world, times_s = usual_world(), dict[str, list[float]]()
     state = create_state(config.model, training, config.optimizer, world)
-    train_step(state, batches_in_memory(replace(config, training=training), 1)[0], training, config.optimizer, world)
+    (batch,) = batches_in_memory(replace(config, training=training), 1)
+    train_step(state, plan(batch, config.model, training, world.device), training, config.optimizer, world)
     room = timed(times_s, "s to get the memory, behind the first steps", partial(room_for, state))
     copy = timed(times_s, "s that the first one stops it", partial(host_copy, state, room))
     with tempfile.TemporaryDirectory(prefix="raybert-") as scratch:

@@ -32,7 +32,7 @@ from raybert.bench_data import build_index
 from raybert.config import Config
 from raybert.feed import MIN_BLOCK_ROWS, Layout, RankBatch, rank_batches
 from raybert.figure import Figure, measured, timed
-from raybert.history import to_lines
+from raybert.history import CHECKSUM_LIMIT, checksum, to_lines
 from raybert.index import Index, index_shard
 from raybert.loop import Trail
 from raybert.loss import Sums
@@ -206,9 +206,13 @@ def _history(ranks: Sequence[int], num_rounds: int) -> list[Figure]:
 
 
 def _stub_step(step: int, num_ranks: int) -> tuple[RankBatch, StepResult]:
-    positions = np.arange(RANK_SAMPLES) + 10**8 + step * RANK_SAMPLES * num_ranks
+    first = 10**8 + step * RANK_SAMPLES * num_ranks
+    positions = np.arange(first, first + RANK_SAMPLES)
+    whole = checksum(positions, positions) * num_ranks % CHECKSUM_LIMIT
     zero = torch.zeros(())
-    return RankBatch(step, {}, positions, positions, 1.0), StepResult(Sums.zero(CPU), zero, zero > 0, 0, 0)
+    return RankBatch(step, first, {}, positions, positions, 1.0, whole), StepResult(
+        Sums.zero(CPU), zero, zero > 0, 0, 0
+    )
 
 
 def _order(config: Config, num_rounds: int) -> list[Figure]:

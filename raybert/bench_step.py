@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from raybert.config_file import config_from_yaml, config_to_yaml
 from raybert.feed import RankBatch
 from raybert.figure import Figure, measured, ratio, step_settings
 from raybert.optim import build_optimizer, learning_rate
+from raybert.plan import plan
 from raybert.pretrained import save_pretrained
 from raybert.step import TrainState, autocast, create_state, train_step
 from raybert.world import World
@@ -68,7 +69,8 @@ def usual_world() -> World:
 
 
 def _step(state: TrainState, batch: RankBatch, config: Config, world: World) -> None:
-    train_step(state, replace(batch, step=state.step), config.training, config.optimizer, world)
+    planned = plan(batch, config.model, config.training, world.device)
+    train_step(state, planned, config.training, config.optimizer, world)
 
 
 def _in_turns(

@@ -1,7 +1,7 @@
 """Dropout: elements are zeroed by chance, the others scaled up (Srivastava et al. 2014, section 10).
 
 On a CPU drawing the random numbers is what it costs, so there they come from a counter, 16 bits an element, in compiled
-code: the generator is SplitMix64 (Steele et al. 2014, figure 16), seeded from torch's, so `torch.manual_seed` decides.
+code: the generator is SplitMix64, seeded from torch's, so `torch.manual_seed` decides.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raybert.jit import compiled
+from raybert.splitmix import STEP, mixed
 
 LANES = 4  # elements that one draw of 64 bits is for
-_STEP, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_mixed = compiled(mixed)
 _BITS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
@@ -63,10 +64,7 @@ def _fill(mask: np.ndarray, seed: np.uint64, threshold: np.uint16, kept: np.inte
     """Put `kept` into a mask, 0 by chance `threshold` / 65,536."""
     dropped = kept - kept
     for draw in range(len(mask) // 4):
-        z = seed + np.uint64(draw) * _STEP
-        z = (z ^ (z >> np.uint64(30))) * _MIX_1
-        z = (z ^ (z >> np.uint64(27))) * _MIX_2
-        z = z ^ (z >> np.uint64(31))
+        z = _mixed(seed + np.uint64(draw) * STEP)
         for lane in range(4):
             bits = np.uint16(z >> np.uint64(16 * lane))
             mask[4 * draw + lane] = kept if bits >= threshold else dropped

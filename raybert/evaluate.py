@@ -11,7 +11,8 @@ from raybert.config import TrainingConfig
 from raybert.index import Index, Ints
 from raybert.loss import Sums
 from raybert.model import BertForPreTraining
-from raybert.step import autocast, cut, forward
+from raybert.plan import cut
+from raybert.step import autocast, forward
 from raybert.world import World
 
 READ_SAMPLES = 4096
@@ -38,7 +39,7 @@ def evaluate(
     total = Sums.zero(world.device)
     for first in range(start, stop, READ_SAMPLES):
         features = index.read(np.arange(first, min(first + READ_SAMPLES, stop)))
-        for _, batch in cut(features, model.config, training, world):
+        for _, batch in cut(features, model.config, training, world.device):
             with autocast(training, world):
                 total += forward(model, batch.to(world.device))
     model.train(was_training)

@@ -13,33 +13,39 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raybert.deal import deal
+from raybert.history import checksum
 from raybert.index import Index
 from raybert.order import SampleOrder, Samples, rank_slice
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 POSITION, SAMPLE, STEP_WEIGHT = "position", "sample", "step_weight"
-MIN_BLOCK_ROWS = 4096  # smaller blocks cost the splitter more than they carry
+MIN_BLOCK_ROWS = 8192  # smaller blocks cost the splitter more than they carry
 MAX_TASKS = 10_000  # read tasks of one execution; more of them delay the first batch
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's slice of a global batch.
+    """One rank's slice of a global batch, the longest samples first.
 
     Args:
         step: whose global batch it is.
+        first: place in the run of its first sample, once the global batch is dealt (see `deal`).
         features: google-research/bert's feature names to [B, ...] arrays.
-        positions: [B] positions in the run.
+        positions: [B] positions in the run, in any order.
         samples: [B] samples of the index.
         global_weight: sum of `masked_lm_weights` over the global batch.
+        global_checksum: of the global batch (see `history.checksum`).
     """
 
     step: int
+    first: int
     features: Arrays
     positions: Samples
     samples: Samples
     global_weight: float
+    global_checksum: int
 
 
 class FeedError(RuntimeError):
@@ -99,6 +105,8 @@ def window_blocks(window: int, layout: Layout, index: Index) -> Iterator[pa.Tabl
     start, stop = (groups[0] - first_step) * batch_size, (groups[-1] + k - first_step) * batch_size
     samples = order.window(window)[start:stop]
     features = index.read(samples)
+    dealt = deal(features["input_mask"].sum(axis=1, dtype=np.int64).reshape(-1, batch_size), layout.world_size)
+    dealt += np.arange(len(dealt))[:, None] * batch_size
     weights = features["masked_lm_weights"].reshape(-1, batch_size * features["masked_lm_weights"].shape[1])
     columns: Arrays = {
         **features,
@@ -107,10 +115,8 @@ def window_blocks(window: int, layout: Layout, index: Index) -> Iterator[pa.Tabl
         STEP_WEIGHT: np.repeat(weights.sum(axis=1, dtype=np.float64), batch_size),
     }
     for group in range(len(groups)):
-        steps = np.arange(group * k, (group + 1) * k)[:, None] * batch_size
         for rank in range(layout.world_size):
-            mine = rank_slice(batch_size, rank, layout.world_size)
-            rows = (steps + np.arange(mine.start, mine.stop)).ravel()
+            rows = dealt[group * k : (group + 1) * k, rank_slice(batch_size, rank, layout.world_size)].ravel()
             yield _table({name: _pad(column[rows], k, layout.slice_rows) for name, column in columns.items()})
 
 
@@ -165,9 +171,9 @@ def rank_batches(blocks: Iterable[pa.Table], layout: Layout, rank: int) -> Itera
         for first_row in range(0, layout.block_rows, layout.slice_rows):
             if layout.start_step <= step < layout.num_steps:
                 rows = slice(first_row, first_row + mine.stop - mine.start)
-                batch = _rank_batch(step, {name: column[rows] for name, column in columns.items()})
-                _check_arrival(batch, layout.order, mine, rank)
-                yield batch
+                yield _rank_batch(
+                    step, {name: column[rows] for name, column in columns.items()}, layout.order, rank, mine
+                )
             step += 1
     if max(step, layout.start_step) < layout.num_steps:
         raise FeedError(
@@ -175,25 +181,39 @@ def rank_batches(blocks: Iterable[pa.Table], layout: Layout, rank: int) -> Itera
         )
 
 
-def _rank_batch(step: int, columns: Arrays) -> RankBatch:
+def _rank_batch(step: int, columns: Arrays, order: SampleOrder, rank: int, mine: slice) -> RankBatch:
+    """A rank's slice of a step; it holds what the sample order says, each sample once.
+
+    Raises:
+        FeedError: it does not.
+    """
+    positions, samples = (columns[name].astype(np.int64, copy=False) for name in (POSITION, SAMPLE))
+    global_positions, global_samples = order.positions(step), order.global_batch(step)
+    within = positions - global_positions[0]
+    is_inside = (within >= 0) & (within < len(global_samples))
+    is_right = is_inside & (global_samples[np.where(is_inside, within, 0)] == samples)
+    if not is_right.all():
+        k = int(np.argmin(is_right))
+        expected = (
+            f"sample {global_samples[within[k]]}"
+            if is_inside[k]
+            else (f"positions {global_positions[0]} to {global_positions[-1]}")
+        )
+        raise FeedError(
+            f"rank {rank}, step {step}: sample {samples[k]} arrived for position {positions[k]}, expected {expected}"
+        )
+    if len(np.unique(within)) != len(within):
+        raise FeedError(f"rank {rank}, step {step}: a sample arrived twice, positions {np.sort(positions)[:8]}...")
     meta = {POSITION, SAMPLE, STEP_WEIGHT}
     return RankBatch(
         step=step,
+        first=int(global_positions[0]) + mine.start,
         features={name: column for name, column in columns.items() if name not in meta},
-        positions=columns[POSITION].astype(np.int64, copy=False),
-        samples=columns[SAMPLE].astype(np.int64, copy=False),
+        positions=positions,
+        samples=samples,
         global_weight=float(columns[STEP_WEIGHT][0]),
+        global_checksum=checksum(global_positions, global_samples),
     )
-
-
-def _check_arrival(batch: RankBatch, order: SampleOrder, mine: slice, rank: int) -> None:
-    positions, samples = order.positions(batch.step)[mine], order.global_batch(batch.step)[mine]
-    if not np.array_equal(batch.positions, positions) or not np.array_equal(batch.samples, samples):
-        raise FeedError(
-            f"rank {rank}, step {batch.step}: expected samples {samples[:8]}... at positions {positions[0]} to "
-            f"{positions[-1]}, but samples {batch.samples[:8]}... at positions {batch.positions[0]} to "
-            f"{batch.positions[-1]} arrived"
-        )
 
 
 def local_batches(layout: Layout, index: Index, rank: int = 0) -> Iterator[RankBatch]:

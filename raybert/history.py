@@ -9,17 +9,20 @@ is not history.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
 from raybert.errors import UserError
 from raybert.order import Samples
+from raybert.splitmix import STEP, mixed
 from raybert.storage import Directory
 
 ATTEMPTS, RECORDS = "attempts", "history"
+CHECKSUM_LIMIT = 1 << 63  # below it a number is an int64 of torch's
 
 Barred = tuple[int, int, str]
 """Steps [first, stop) that are consumed without an update, and why."""
@@ -116,7 +119,7 @@ def check_newest(run: Directory, attempt: int) -> None:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What arrived at one rank for one step: positions [first, stop) of the run, and a checksum of the samples."""
+    """What arrived at one rank for one step: samples for the places [first, stop) of the run, and their checksum."""
 
     first: int
     stop: int
@@ -140,9 +143,14 @@ class StepRecord:
     skipped: str | None = None
 
 
-def samples_checksum(samples: Samples) -> int:
-    """CRC-32 of [B] sample numbers as little-endian int64."""
-    return zlib.crc32(samples.astype("<i8").tobytes())
+def checksum(positions: Samples, samples: Samples) -> int:
+    """Of [B] samples at [B] positions of the run, in any order: a sum of 64-bit hashes, modulo CHECKSUM_LIMIT.
+
+    So the checksums of the ranks, which get the samples of a batch in another order than its own, add up to the
+    batch's.
+    """
+    hashes = mixed(mixed(positions.astype(np.uint64) * STEP) ^ samples.astype(np.uint64))
+    return int(hashes.sum()) % CHECKSUM_LIMIT
 
 
 def to_lines(records: Sequence[StepRecord], parent: str | None) -> bytes:

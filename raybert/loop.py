@@ -15,12 +15,13 @@ from torch import nn
 
 from raybert.cadence import Cadence, Past
 from raybert.config import Config, TrainingConfig
-from raybert.feed import RankBatch
+from raybert.feed import FeedError, RankBatch
 from raybert.flops import peak_flops
 from raybert.guard import HALVINGS, NON_FINITE, Guard, Judged, RollbackError, spelt
-from raybert.history import Arrival, StepRecord, samples_checksum
+from raybert.history import CHECKSUM_LIMIT, Arrival, StepRecord, checksum
 from raybert.loss import Sums
 from raybert.optim import learning_rate
+from raybert.plan import Plan, ahead, plan
 from raybert.progress import COMPUTE, FEED, reached
 from raybert.step import StepResult, TrainState, pass_over, train_step
 from raybert.stopwatch import Mark, mark, seconds_between
@@ -174,11 +175,13 @@ def train(
     meter, trail, result = Meter.start(world, config.training), Trail(world, attempt), Result()
     watch, stragglers = Watch(world, config), Stragglers(world.hosts())
     cadence = _cadence(config, world, observer) if observer else None
-    for wait_s, batch in _timed(batches, state):
+    plans = ahead(plan(batch, config.model, config.training, world.device) for batch in batches)
+    for wait_s, planned in _timed(plans, state):
+        batch = planned.batch
         arrived = mark(world.device)
         answers = world.vote(*_wishes(batch.step, cadence, observer))
         reason = barred.get(batch.step)
-        outcome = pass_over(state, world) if reason else _train_step(state, batch, config, world)
+        outcome = pass_over(state, world) if reason else _train_step(state, planned, config, world)
         meter.add(outcome, wait_s, arrived)
         trail.add(batch, outcome, reason)
         watch.add(batch.step, outcome, reason is not None)
@@ -233,21 +236,20 @@ def _wishes(step: int, cadence: Cadence | None, observer: Observer | None) -> tu
     return observer.is_asked_to_hold(), cadence.is_due(step + 1, observer.is_writing())
 
 
-def _timed(batches: Iterable[RankBatch], state: TrainState) -> Iterator[tuple[float, RankBatch]]:
-    """Each batch with the seconds it was waited for."""
-    iterator = iter(batches)
+def _timed(plans: Iterator[Plan], state: TrainState) -> Iterator[tuple[float, Plan]]:
+    """Each plan with the seconds it was waited for."""
     while True:
         asked_at_s = time.perf_counter()
         reached(state.step, FEED)
-        batch = next(iterator, None)
-        if batch is None:
+        planned = next(plans, None)
+        if planned is None:
             return
-        reached(batch.step, COMPUTE)
-        yield time.perf_counter() - asked_at_s, batch
+        reached(planned.step, COMPUTE)
+        yield time.perf_counter() - asked_at_s, planned
 
 
-def _train_step(state: TrainState, batch: RankBatch, config: Config, world: World) -> StepResult:
-    return train_step(state, batch, config.training, config.optimizer, world)
+def _train_step(state: TrainState, planned: Plan, config: Config, world: World) -> StepResult:
+    return train_step(state, planned, config.training, config.optimizer, world)
 
 
 def _standing(state: TrainState, config: Config) -> dict[str, float]:
@@ -324,14 +326,17 @@ class Trail:
 
     def add(self, batch: RankBatch, result: StepResult, reason: str | None = None) -> None:
         """Note a step's arrivals, and why it was to make no update."""
-        positions = batch.positions
-        arrived = [batch.step, int(positions[0]), int(positions[-1]) + 1, samples_checksum(batch.samples)]
-        self._arrived.append(arrived)
+        arrival = [batch.first, batch.first + len(batch.samples), checksum(batch.positions, batch.samples)]
+        self._arrived.append([batch.step, batch.global_checksum, *arrival])
         self._skipped.append(result.skipped)
         self._reasons.append(reason or NON_FINITE)
 
     def drain(self) -> list[StepRecord]:
-        """The records of all ranks, for rank 0 alone, though every rank must ask for them; then starts over."""
+        """The records of all ranks, for rank 0 alone, though every rank must ask for them; then starts over.
+
+        Raises:
+            FeedError: what arrived at the ranks together is not the global batch.
+        """
         if not self._arrived:
             return []
         mine = torch.tensor(self._arrived, dtype=torch.int64, device=self._world.device)
@@ -341,10 +346,22 @@ class Trail:
             return []
         return [
             StepRecord(
-                step=steps[0][0],
+                step=rows[0][0],
                 attempt=self._attempt,
-                arrivals=tuple(Arrival(*arrival) for _, *arrival in steps),
+                arrivals=_arrivals(rows),
                 skipped=reason if was_skipped else None,
             )
-            for *steps, was_skipped, reason in zip(*ranks.tolist(), torch.stack(skipped).tolist(), reasons, strict=True)
+            for *rows, was_skipped, reason in zip(*ranks.tolist(), torch.stack(skipped).tolist(), reasons, strict=True)
         ]
+
+
+def _arrivals(rows: list[list[int]]) -> tuple[Arrival, ...]:
+    """What arrived for a step, of each rank's row (see `Trail.add`); together it is the global batch."""
+    (step, expected), arrivals = rows[0][:2], tuple(Arrival(*arrival) for _, _, *arrival in rows)
+    found = sum(arrival.checksum for arrival in arrivals) % CHECKSUM_LIMIT
+    if found != expected:
+        raise FeedError(
+            f"step {step}: the samples that arrived at {len(rows)} ranks are not its global batch "
+            f"(checksum {found}, expected {expected})"
+        )
+    return arrivals

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raybert.errors import UserError
 from raybert.storage import Directory
 
 CHECKPOINTS = "checkpoints"
 MANIFEST, STATE, OPTIMIZER, MODEL = "manifest.json", "state.json", "optimizer.safetensors", "model.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d{8,})-attempt-(\d{4,})")
 
 
@@ -77,9 +78,18 @@ def newest_checkpoint(run: Directory, warn: Callable[[str], None]) -> Checkpoint
 
 
 def open_checkpoint(run: Directory, name: str) -> Checkpoint:
-    """A checkpoint that is known to be intact."""
+    """A checkpoint that is known to be intact.
+
+    Raises:
+        UserError: another version of raybert has written it.
+    """
     directory = run / CHECKPOINTS / name
     state = json.loads(directory.read(STATE))
+    if state["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"{directory.uri} is of format {state['format_version']}, and this raybert reads format {FORMAT_VERSION}; "
+            "go on with the version that began the run, or begin a new one with training.init_checkpoint set to it."
+        )
     return Checkpoint(directory, name, int(state["step"]), state)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raybert.history import RECORDS, Attempt, StepRecord, samples_checksum, to_record, trained_by
+from raybert.history import CHECKSUM_LIMIT, RECORDS, Attempt, StepRecord, checksum, to_record, trained_by
 from raybert.manifest import place
 from raybert.order import SampleOrder, Samples, rank_slice
 from raybert.storage import Directory
@@ -182,18 +182,23 @@ class Proof:
             yield f" arrived at {world_size} ranks, expected {expected or f'1 to {self._size}'}"
         if not 1 <= world_size <= self._size:
             return
-        samples = self._order.global_batch(record.step) if self._order else None
+        has_places = True
         for rank, arrival in enumerate(record.arrivals):
             mine = rank_slice(self._size, rank, world_size)
             first, stop = record.step * self._size + mine.start, record.step * self._size + mine.stop
             if (arrival.first, arrival.stop) != (first, stop):
                 found = f"[{arrival.first}, {arrival.stop})"
-                yield f", rank {rank}: positions {found} arrived, expected [{first}, {stop})"
-            elif samples is not None and arrival.checksum != samples_checksum(samples[mine]):
-                found = f"checksum {arrival.checksum}, expected {samples_checksum(samples[mine])}"
-                yield f", rank {rank}: other samples arrived than the sample order says ({found})"
-            elif samples is not None and self.epochs:
-                self.epochs.add(first, samples[mine])
+                has_places = False
+                yield f", rank {rank}: samples for places {found} arrived, expected [{first}, {stop})"
+        if self._order is None or self.epochs is None or not has_places:
+            return
+        positions, samples = self._order.positions(record.step), self._order.global_batch(record.step)
+        arrived, expected = sum(arrival.checksum for arrival in record.arrivals), checksum(positions, samples)
+        if arrived % CHECKSUM_LIMIT != expected:
+            found = f"checksum {arrived % CHECKSUM_LIMIT}, expected {expected}"
+            yield f": other samples arrived than the sample order says ({found})"
+        else:
+            self.epochs.add(int(positions[0]), samples)
 
 
 def _sequence_findings(found: Sequence[int], expected: range) -> Iterator[str]:

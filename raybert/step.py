@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -10,21 +9,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from raybert.attention import has_flash
-from raybert.batch import Arrays, MicroBatch, micro_batches
+from raybert.batch import MicroBatch
 from raybert.config import ModelConfig, OptimizerConfig, TrainingConfig
 from raybert.example import Schema
-from raybert.feed import RankBatch
-from raybert.flops import training_flops
 from raybert.loss import Sums, mlm_sums, nsp_sums, total_loss
 from raybert.model import BertForPreTraining
 from raybert.optim import build_optimizer, gradient_norm, learning_rate, update
-from raybert.order import rank_slice
+from raybert.plan import Plan, cut
 from raybert.progress import AVERAGE, reached
 from raybert.stopwatch import Mark, mark
 from raybert.world import World, without_sync
 
-TOKEN_BUCKET = 512  # on a GPU, where a shape that was not seen before costs time
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,8 +52,8 @@ class StepResult:
         sums: loss and accuracy sums of this rank's slice.
         grad_norm: 0-d, norm of the global gradient before clipping.
         skipped: 0-d bool, whether the update was skipped; the same on all ranks.
-        num_tokens: real tokens of this rank's slice.
-        flops: operations that the model needs for it.
+        num_tokens: real tokens that this rank has computed.
+        flops: operations that the model needs for them.
         averaging: when the backward began that averages gradients over ranks; None where nothing was computed.
     """
 
@@ -89,13 +84,13 @@ def create_state(model: ModelConfig, training: TrainingConfig, optimizer: Optimi
 
 
 def train_step(
-    state: TrainState, batch: RankBatch, training: TrainingConfig, optimizer: OptimizerConfig, world: World
+    state: TrainState, plan: Plan, training: TrainingConfig, optimizer: OptimizerConfig, world: World
 ) -> StepResult:
     """Consume one global batch: gradients of all its samples, one clip, one update.
 
     A gradient that is not finite makes none. It is the global gradient, so all ranks know alike.
     """
-    sums, averaging = _backward(state, batch, training, world)
+    sums, averaging = _backward(state, plan, training, world)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, optimizer, training.num_steps)
     state.scaler.unscale_(state.optimizer)
@@ -105,10 +100,7 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     state.num_skipped += skipped
     state.step += 1
-    lengths = batch.features["input_mask"].sum(axis=1)
-    num_masked = int(np.count_nonzero(batch.features["masked_lm_weights"]))
-    flops = training_flops(state.model.config, state.model.use_next_sentence, lengths, num_masked)
-    return StepResult(sums, grad_norm, skipped, int(lengths.sum()), flops, averaging)
+    return StepResult(sums, grad_norm, skipped, plan.num_tokens, plan.flops, averaging)
 
 
 def pass_over(state: TrainState, world: World) -> StepResult:
@@ -119,16 +111,14 @@ def pass_over(state: TrainState, world: World) -> StepResult:
     return StepResult(Sums.zero(world.device), nothing, nothing.isnan(), 0, 0)
 
 
-def _backward(state: TrainState, batch: RankBatch, training: TrainingConfig, world: World) -> tuple[Sums, Mark]:
+def _backward(state: TrainState, plan: Plan, training: TrainingConfig, world: World) -> tuple[Sums, Mark]:
     """Accumulate gradients of this rank's slice; the last micro-batch averages them over ranks, from the mark on."""
-    place = rank_slice(training.global_batch_size, world.rank, world.size).start
-    parts = list(cut(batch.features, state.model.config, training, world))
-    total, averaging = Sums.zero(world.device), mark(world.device)
+    batch, total, averaging = plan.batch, Sums.zero(world.device), mark(world.device)
     with autocast(training, world):  # around all of them, so that the weights are cast once
-        for number, (start, part) in enumerate(parts):
-            # Random numbers belong to the place in the global batch, so that nothing random has to be saved.
-            torch.manual_seed(_random_seed(training.seed, batch.step, place + start))
-            last = number == len(parts) - 1
+        for number, (start, part) in enumerate(plan.parts):
+            # Random numbers belong to the place in the run, so that nothing random has to be saved.
+            torch.manual_seed(_random_seed(training.seed, batch.first + start))
+            last = number == len(plan.parts) - 1
             with nullcontext() if last else without_sync(state.parallel):
                 sums = forward(state.parallel, part.to(world.device))
                 with torch.autocast(world.device.type, enabled=False):
@@ -139,15 +129,6 @@ def _backward(state: TrainState, batch: RankBatch, training: TrainingConfig, wor
                     state.scaler.scale(loss).backward()
             total += sums.detach()
     return total, averaging
-
-
-def cut(
-    features: Arrays, model: ModelConfig, training: TrainingConfig, world: World
-) -> Iterator[tuple[int, MicroBatch]]:
-    """Samples as micro-batches that this rank's device takes best, each with the place of its first sample."""
-    in_groups = not has_flash(world.device, training.precision, model.hidden_size // model.num_attention_heads)
-    bucket = TOKEN_BUCKET if world.device.type == "cuda" else 1
-    return micro_batches(features, training.micro_batch_size, training.micro_batch_tokens, bucket, in_groups)
 
 
 def forward(model: nn.Module, batch: MicroBatch) -> Sums:
@@ -173,7 +154,7 @@ def settle_buckets(state: TrainState, seq_length: int, training: TrainingConfig,
     if world.size == 1:
         return
     features = Schema(seq_length, 1, 1, 1).empty(1) | {"masked_lm_weights": np.ones((1, 1), np.float32)}
-    ((_, batch),) = cut(features, state.model.config, training, world)
+    ((_, batch),) = cut(features, state.model.config, training, world.device)
     with autocast(training, world):
         sums = forward(state.parallel, batch.to(world.device))
     total_loss(sums, 1, 1).backward()

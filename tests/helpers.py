@@ -17,6 +17,8 @@ from raybert.config import (
 )
 from raybert.example import Schema, encode_example
 from raybert.index import Index, index_shard
+from raybert.plan import plan
+from raybert.step import train_step
 from raybert.storage import Directory, find_files
 from raybert.tfrecord import write_tfrecord
 
@@ -51,6 +53,11 @@ def random_sample(rng, seq_length, predictions, vocab_size):
         "masked_lm_weights": masked.astype(np.float32),
         "next_sentence_labels": rng.integers(0, 2, 1),
     }
+
+
+def take_step(state, batch, training, optimizer, world):
+    """Plan a step, and take it."""
+    return train_step(state, plan(batch, state.model.config, training, world.device), training, optimizer, world)
 
 
 def write_samples(path, num_samples, seed, seq_length=16, predictions=4, vocab_size=97, compression=""):

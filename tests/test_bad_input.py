@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 
 from raybert.cli import main
 from raybert.config_file import config_to_yaml
+from raybert.feed import MIN_BLOCK_ROWS
 from raybert.launch import SKIPPED
 from raybert.preflight import check_window
 
@@ -240,7 +241,13 @@ def test_misspelt_command_is_refused(capsys):
 
 @pytest.mark.parametrize(
     ("num_workers", "window_size", "is_warned"),
-    [(1, 128, False), (8, 128, False), (9, 9 * 4096 - 1, True), ("1,64", 32768, True), ("1,64", 64 * 4096, False)],
+    [
+        (1, 128, False),
+        (8, 128, False),
+        (9, 9 * MIN_BLOCK_ROWS - 1, True),
+        ("1,64", 32768, True),
+        ("1,64", 64 * MIN_BLOCK_ROWS, False),
+    ],
 )
 def test_a_window_too_small_for_many_workers_is_warned_of(tmp_path, num_workers, window_size, is_warned):
     settings = {"cluster.num_workers": num_workers, "data.window_size": window_size}

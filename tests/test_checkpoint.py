@@ -13,7 +13,7 @@ from threading import Timer
 import pytest
 import torch
 import transformers
-from helpers import TINY_MODEL
+from helpers import TINY_MODEL, take_step
 
 from raybert import retry
 from raybert.checkpoint import HostCopy, Saver, Writer, host_copy, restore, room_for
@@ -33,7 +33,7 @@ from raybert.manifest import (
     open_checkpoint,
 )
 from raybert.order import SampleOrder
-from raybert.step import create_state, train_step
+from raybert.step import create_state
 from raybert.storage import Directory
 from raybert.world import World
 
@@ -53,7 +53,7 @@ def trained(index, num_steps, kind="adamw", state=None, model=TINY_MODEL):
     state = state or create_state(model, training, optimizer, World())
     order = SampleOrder(index.page_sizes, 1, training.global_batch_size, 4)
     for batch in local_batches(Layout(order, 1, state.step, num_steps), index):
-        train_step(state, batch, training, optimizer, World())
+        take_step(state, batch, training, optimizer, World())
     return state
 
 

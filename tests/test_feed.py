@@ -1,10 +1,13 @@
 """The feed: what the order says is what every rank gets, whatever the world size and wherever a run resumes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from raybert.feed import POSITION, SAMPLE, STEP_WEIGHT, FeedError, Layout, local_batches, rank_batches, window_blocks
+from raybert.history import CHECKSUM_LIMIT, checksum
 from raybert.order import SampleOrder, rank_slice
 
 WORLD_SIZES = (1, 2, 3, 5, 7)
@@ -28,20 +31,27 @@ def rank_feeds(layout, index):
 
 
 def assert_global_batches(layout, index):
-    """The ranks' batches side by side are the order's, step by step, with the features of just these samples."""
+    """What the ranks have is the order's, step by step, with the features of just these samples, dealt by length."""
     feeds = rank_feeds(layout, index)
     assert {len(feed) for feed in feeds} == {layout.num_steps - layout.start_step}
     for step, batches in zip(range(layout.start_step, layout.num_steps), zip(*feeds, strict=True), strict=True):
         samples = layout.order.global_batch(step)
         features = index.read(samples)
         assert [batch.step for batch in batches] == [step] * layout.world_size
-        np.testing.assert_array_equal(np.concatenate([batch.samples for batch in batches]), samples)
-        np.testing.assert_array_equal(
-            np.concatenate([batch.positions for batch in batches]), layout.order.positions(step)
-        )
+        arrived = np.concatenate([batch.positions for batch in batches])
+        in_order = np.argsort(arrived)
+        np.testing.assert_array_equal(arrived[in_order], layout.order.positions(step))
+        np.testing.assert_array_equal(np.concatenate([batch.samples for batch in batches])[in_order], samples)
         for name, values in features.items():
             parts = [batch.features[name] for batch in batches]
-            np.testing.assert_array_equal(np.concatenate(parts), values, err_msg=name, strict=True)
+            np.testing.assert_array_equal(np.concatenate(parts)[in_order], values, err_msg=name, strict=True)
+        edges = [batch.first + len(batch.samples) for batch in batches]
+        assert [batch.first for batch in batches] == [step * len(samples), *edges[:-1]]
+        assert edges[-1] == (step + 1) * len(samples)
+        whole = sum(checksum(batch.positions, batch.samples) for batch in batches) % CHECKSUM_LIMIT
+        assert [batch.global_checksum for batch in batches] == [whole] * layout.world_size
+        lengths = [batch.features["input_mask"].sum(axis=1).tolist() for batch in batches]
+        assert lengths == [sorted(each, reverse=True) for each in lengths]
         weight = features["masked_lm_weights"].sum(dtype=np.float64)
         assert [batch.global_weight for batch in batches] == [weight] * layout.world_size
 
@@ -65,7 +75,7 @@ def test_resume_at_every_offset_gives_the_remaining_batches(index, world_size):
     """Windows of eight steps, blocks of one to eight: every offset in both."""
     order = make_order(index, 2048, 8)
     layouts = [Layout(order, world_size, start, 10) for start in range(11)]
-    assert {layout.block_steps for layout in layouts} == {min(8, 2 << (world_size - 1).bit_length())}
+    assert {layout.block_steps for layout in layouts} == {min(8, 4 << (world_size - 1).bit_length())}
     whole = rank_feeds(layouts[0], index)
     for layout in layouts:
         for feed, expected in zip(rank_feeds(layout, index), whole, strict=True):
@@ -92,8 +102,8 @@ def test_blocks_are_equal_and_a_multiple_of_the_ranks(index, world_size, global_
 def test_a_resume_reads_no_group_before_its_own(index):
     order = make_order(index, 4096, 8)
     layout = Layout(order, 2, 5, 8)
-    first = [np.asarray(block[POSITION])[0] for block in blocks_of(layout, index)]
-    assert layout.block_steps == 2 and first == [4 * 4096, 4 * 4096 + 2048, 6 * 4096, 6 * 4096 + 2048]
+    steps = [set((np.asarray(block[POSITION]) // 4096).tolist()) for block in blocks_of(layout, index)]
+    assert layout.block_steps == 4 and steps == [{4, 5, 6, 7}] * 2
 
 
 def test_a_finished_run_is_fed_nothing(index):
@@ -118,8 +128,8 @@ def test_a_batch_may_straddle_two_epochs(index):
     step = index.num_samples // 32
     assert index.num_samples % 32
     batch = list(local_batches(Layout(order, 1, 0, step + 1), index))[step]
-    inside = index.num_samples - step * 32
-    first, second = batch.samples[:inside], batch.samples[inside:]
+    inside, samples = index.num_samples - step * 32, batch.samples[np.argsort(batch.positions)]
+    first, second = samples[:inside], samples[inside:]
     epoch = np.concatenate([order.global_batch(i) for i in range(step)] + [first])
     np.testing.assert_array_equal(np.sort(epoch), np.arange(index.num_samples))
     assert len(np.unique(second)) == len(second) == 32 - inside
@@ -140,10 +150,16 @@ def replace_column(block, name, values):
     return block.set_column(block.column_names.index(name), name, pa.array(values))
 
 
-def swapped_rows(blocks):
+def a_row_twice(blocks):
     rows = np.arange(blocks[1].num_rows)
-    rows[[0, 1]] = rows[[1, 0]]
+    rows[1] = 0
     return [blocks[0], blocks[1].take(rows), *blocks[2:]]
+
+
+def swapped_samples(blocks):
+    samples = np.array(blocks[1][SAMPLE].to_pylist())
+    samples[[0, 1]] = samples[[1, 0]]
+    return [blocks[0], replace_column(blocks[1], SAMPLE, samples), *blocks[2:]]
 
 
 def wrong_sample(blocks):
@@ -157,7 +173,8 @@ def wrong_position(blocks):
 
 
 WRONG = {  # what arrived, and the step at which it must be seen; blocks hold 8 steps
-    "two rows swapped": (swapped_rows, 8),
+    "a row twice": (a_row_twice, 8),
+    "two samples swapped": (swapped_samples, 8),
     "wrong sample": (wrong_sample, 8),
     "wrong position": (wrong_position, 8),
     "first block dropped": (lambda blocks: blocks[1:], 5),
@@ -184,7 +201,8 @@ def test_a_wrong_feed_is_an_error_at_its_step(index, wrong, rank):
         arrived += rank_batches(change(blocks), layout, rank)
 
 
-def test_a_wrong_rank_is_an_error(index):
-    layout = Layout(make_order(index), 2, 0, 8)
-    with pytest.raises(FeedError, match="rank 1, step 0"):
-        list(rank_batches(blocks_of(layout, index)[::2], layout, 1))
+def test_a_rank_of_another_size_is_an_error(index):
+    """Which of a step's samples a rank gets, their lengths say: of others of that step only the ranks together know."""
+    layout = Layout(make_order(index, 33), 2, 0, 8)
+    with pytest.raises(FeedError, match="rank 0, step 0"):
+        list(rank_batches(blocks_of(layout, index)[::2], replace(layout, world_size=1), 0))

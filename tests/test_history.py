@@ -1,8 +1,6 @@
 """The history: who owns a run, and which steps the newest checkpoint was trained on."""
 
 import json
-import struct
-import zlib
 from dataclasses import asdict
 
 import numpy as np
@@ -10,16 +8,17 @@ import pytest
 
 from raybert.history import (
     ATTEMPTS,
+    CHECKSUM_LIMIT,
     Arrival,
     Attempt,
     FencedError,
     StepRecord,
     begin_attempt,
     check_newest,
+    checksum,
     newest_attempt,
     read_attempts,
     read_history,
-    samples_checksum,
     write_records,
 )
 
@@ -90,11 +89,24 @@ def test_a_missing_link_is_an_error(run):
         read_history(run, "b")
 
 
-def test_checksum_depends_on_samples_and_their_order():
-    batches = [[1, 2, 3], [3, 2, 1], [1, 2], [1, 2, 2**40]]
-    assert len({samples_checksum(np.array(batch)) for batch in batches}) == len(batches)
-    assert (
-        samples_checksum(np.array([1, 2], np.int32))
-        == samples_checksum(np.array([1, 2], ">i8"))
-        == zlib.crc32(struct.pack("<2q", 1, 2))
-    )
+def test_checksum_is_of_samples_at_positions_in_any_order():
+    batches = [[(0, 1), (1, 2)], [(0, 2), (1, 1)], [(0, 1)], [], [(0, 1), (1, 2), (1, 2)], [(0, 1), (1, 2 + 2**40)]]
+    found = {checksum(*np.array(batch, np.int64).reshape(-1, 2).T) for batch in batches}
+    assert len(found) == len(batches) and all(0 <= value < CHECKSUM_LIMIT for value in found)
+    assert checksum(np.array([0, 1]), np.array([1, 2])) == checksum(np.array([1, 0]), np.array([2, 1], ">i4"))
+
+
+def test_checksums_of_parts_add_up():
+    positions, samples = np.arange(10**12, 10**12 + 1000), np.random.default_rng(1).permutation(1000)
+    parts = [checksum(positions[rank::7], samples[rank::7]) for rank in range(7)]
+    assert sum(parts) % CHECKSUM_LIMIT == checksum(positions, samples) != checksum(positions, samples[::-1])
+
+
+def test_no_bit_of_a_checksum_is_idle():
+    """One sample or position that is another by one changes each bit in half of the cases."""
+    changed = np.zeros(63)
+    for k in range(1000):
+        before = checksum(np.array([k]), np.array([k]))
+        for after in (checksum(np.array([k + 1]), np.array([k])), checksum(np.array([k]), np.array([k + 1]))):
+            changed += [(before ^ after) >> bit & 1 for bit in range(63)]
+    assert (changed / 2000).min() > 0.4 and (changed / 2000).max() < 0.6

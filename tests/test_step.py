@@ -6,18 +6,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import DATA, TINY_MODEL
+from helpers import DATA, TINY_MODEL, take_step
 from ranks import run_ranks
 
 from raybert.checkpoint import Writer, host_copy, restore
 from raybert.config import OptimizerConfig, TrainingConfig
-from raybert.feed import Layout, local_batches
+from raybert.feed import FeedError, Layout, local_batches, rank_batches, window_blocks
 from raybert.history import begin_attempt
+from raybert.loop import Trail
 from raybert.manifest import open_checkpoint
 from raybert.order import SampleOrder
-from raybert.step import _backward, create_state, settle_buckets, train_step
+from raybert.plan import plan
+from raybert.step import _backward, create_state, pass_over, settle_buckets
 from raybert.storage import Directory
-from raybert.world import World
+from raybert.world import CPU, World
 
 SEQ_LENGTH = 16
 NUM_STEPS = 12
@@ -61,9 +63,31 @@ def gradients(world, index, model, dtype):
     """Gradients of the first global batch, and the sums over it."""
     state = make_state(world, model, dtype=dtype)
     batch = next(batches(index, world))
-    sums, _ = _backward(state, batch, TRAINING, world)
+    sums, _ = _backward(state, plan(batch, model, TRAINING, world.device), TRAINING, world)
     grads = torch.cat([parameter.grad.ravel() for parameter in state.model.parameters()])
     return grads, world.sum(sums.values)
+
+
+def seeds(world, index):
+    """[ranks, steps * micro-batches] what dropout's random numbers came from."""
+    state, found = make_state(world, WITH_DROPOUT), []
+    state.model.register_forward_pre_hook(lambda *_: found.append(torch.initial_seed()))
+    for batch in batches(index, world):
+        take_step(state, batch, TRAINING, OPTIMIZER, world)
+    return world.gather(torch.tensor(found))
+
+
+def drained(world, index, is_crossed):
+    """Steps whose records rank 0 has; or its error. Crossed, every rank gets what is rank 0's."""
+    layout = Layout(make_order(index), world.size, 0, 4)
+    blocks = [block for window in layout.windows for block in window_blocks(window, layout, index)]
+    trail, nothing = Trail(world, attempt=1), pass_over(make_state(world), world)
+    for batch in rank_batches(blocks[0 if is_crossed else world.rank :: world.size], layout, world.rank):
+        trail.add(batch, nothing)
+    try:
+        return [record.step for record in trail.drain()]
+    except FeedError as error:
+        return str(error)
 
 
 def trained(world, index, start_step, stop_step, run_dir=None, parent=None, model=MODEL):
@@ -74,7 +98,7 @@ def trained(world, index, start_step, stop_step, run_dir=None, parent=None, mode
         restore(open_checkpoint(run, parent), state)
     assert state.step == start_step
     for batch in batches(index, world, start_step, stop_step):
-        train_step(state, batch, TRAINING, OPTIMIZER, world)
+        take_step(state, batch, TRAINING, OPTIMIZER, world)
     name = None
     if run_dir and world.is_first:
         attempt = begin_attempt(run, world.size, start_step, parent)
@@ -90,7 +114,7 @@ def trained_and_saved_at_every_step(world, index, run_dir):
         begin_attempt(run, world.size, 0, None)
     names = []
     for batch in batches(index, world):
-        train_step(state, batch, TRAINING, OPTIMIZER, world)
+        take_step(state, batch, TRAINING, OPTIMIZER, world)
         if world.is_first:
             names.append(writer.write(host_copy(state), None, []))
     return names, weights(state)
@@ -103,7 +127,7 @@ def resumed_from_each(world, index, run_dir, names):
         state = make_state(world, WITH_DROPOUT)
         restore(open_checkpoint(Directory(run_dir), name), state)
         for batch in batches(index, world, state.step):
-            train_step(state, batch, TRAINING, OPTIMIZER, world)
+            take_step(state, batch, TRAINING, OPTIMIZER, world)
         results.append(weights(state))
     return results
 
@@ -118,11 +142,13 @@ def all_ranks(index, tmp_path_factory):
     three = tmp_path_factory.mktemp("three")
     names = [f"step-{step:08d}-attempt-0001" for step in range(1, NUM_STEPS)]
     tasks = {f"gradients {size}": (size, gradients, (index, MODEL, torch.float64)) for size in WORLD_SIZES}
-    tasks |= {f"dropout {size}": (size, gradients, (index, WITH_DROPOUT, torch.float64)) for size in (1, 2, 4)}
+    tasks |= {f"seeds {size}": (size, seeds, (index,)) for size in (1, 3)}
     schedule, parent = [(1, 0, 3), (3, 3, 6), (5, 6, 9), (2, 9, 12)], None
     for number, (size, start, stop) in enumerate(schedule, 1):
         tasks[f"resized {stop}"] = (size, trained, (index, start, stop, str(run_dir), parent))
         parent = f"step-{stop:08d}-attempt-{number:04d}"
+    tasks |= {f"crossed {size}": (size, drained, (index, True)) for size in (1, 2)}
+    tasks["not crossed"] = (2, drained, (index, False))
     tasks["three ranks"] = (3, trained_and_saved_at_every_step, (index, str(three)))
     tasks["three ranks resumed"] = (3, resumed_from_each, (index, str(three), names))
     return dict(zip(tasks, run_ranks(list(tasks.values())), strict=True))
@@ -136,11 +162,15 @@ def test_gradients_do_not_depend_on_world_size(all_ranks, size):
     torch.testing.assert_close(shared_sums, sums, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_dropout_does_not_depend_on_world_size(all_ranks, size):
-    """Where the same micro-batches are cut from the global batch."""
-    torch.testing.assert_close(all_ranks[f"dropout {size}"][0], all_ranks["dropout 1"][0], rtol=1e-11, atol=1e-14)
-    assert relative_distance(all_ranks["dropout 1"][0], all_ranks["gradients 1"][0]) > 0.01
+@pytest.mark.parametrize(("size", "num_micro_batches"), [(1, 4), (3, 2)])
+def test_every_micro_batch_of_a_run_has_random_numbers_of_its_own(all_ranks, size, num_micro_batches):
+    found = all_ranks[f"seeds {size}"].flatten().tolist()
+    assert len(set(found)) == len(found) == NUM_STEPS * size * num_micro_batches
+
+
+def test_ranks_that_got_the_same_samples_are_found_out(all_ranks):
+    assert all_ranks["crossed 1"] == all_ranks["not crossed"] == [0, 1, 2, 3]
+    assert "step 0: the samples that arrived at 2 ranks are not its global batch" in all_ranks["crossed 2"]
 
 
 def test_resume_at_another_world_size(all_ranks, index):
@@ -172,7 +202,7 @@ def test_gradients_do_not_depend_on_micro_batches(index, micro_batch_size):
     expected, _ = gradients(World(), index, MODEL, torch.float64)
     state = make_state(World(), dtype=torch.float64)
     training = replace(TRAINING, micro_batch_size=micro_batch_size)
-    _backward(state, next(batches(index, World())), training, World())
+    _backward(state, plan(next(batches(index, World())), MODEL, training, CPU), training, World())
     grads = torch.cat([parameter.grad.ravel() for parameter in state.model.parameters()])
     torch.testing.assert_close(grads, expected, rtol=1e-11, atol=1e-14)
 
@@ -185,7 +215,7 @@ def test_activation_checkpointing_changes_nothing(index, precision):
         training = replace(TRAINING, precision=precision, activation_checkpointing=recomputes)
         state = create_state(WITH_DROPOUT, training, OPTIMIZER, World())
         for batch in batches(index, World(), stop_step=2):
-            train_step(state, batch, training, OPTIMIZER, World())
+            take_step(state, batch, training, OPTIMIZER, World())
         found.append(weights(state))
     assert torch.equal(*found)
 
@@ -195,7 +225,7 @@ def test_masked_lm_only_leaves_the_next_sentence_head_alone(index):
     state = make_state(World(), training=training)
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     for batch in batches(index, World(), stop_step=3):
-        train_step(state, batch, training, OPTIMIZER, World())
+        take_step(state, batch, training, OPTIMIZER, World())
     changed = {name for name, tensor in state.model.state_dict().items() if not torch.equal(tensor, before[name])}
     untouched = {name for name in before if name.startswith(("bert.pooler", "cls.seq_relationship"))}
     assert changed == before.keys() - untouched
@@ -207,11 +237,11 @@ def test_an_overflow_in_fp16_skips_the_update_and_consumes_the_step(index):
     state.scaler._init_scale = 2.0**40  # overflows for certain
     before = weights(state)
     first, second = list(batches(index, World(), stop_step=2))
-    result = train_step(state, first, training, OPTIMIZER, World())
+    result = take_step(state, first, training, OPTIMIZER, World())
     assert result.skipped
     assert torch.equal(weights(state), before)
     assert (state.step, int(state.num_skipped)) == (1, 1)
-    while train_step(state, second, training, OPTIMIZER, World()).skipped:
+    while take_step(state, second, training, OPTIMIZER, World()).skipped:
         pass
     assert not torch.equal(weights(state), before)
 
@@ -223,17 +253,17 @@ def test_a_gradient_that_is_not_finite_makes_no_update(index, precision, kind):
     training, optimizer = replace(TRAINING, precision=precision), replace(OPTIMIZER, type=kind)
     state = create_state(MODEL, training, optimizer, World())
     batch, first, second = list(batches(index, World(), stop_step=3))
-    assert not train_step(state, batch, training, optimizer, World()).skipped
+    assert not take_step(state, batch, training, optimizer, World()).skipped
     before = host_copy(state)
     hook = state.model.register_forward_hook(lambda *_: (_[2][0] * torch.nan, _[2][1]))
-    assert train_step(state, first, training, optimizer, World()).skipped
+    assert take_step(state, first, training, optimizer, World()).skipped
     hook.remove()
     after = host_copy(state)
     assert (after.step, after.num_updates) == (2, 1) == (before.step + 1, before.num_updates)
     for name in ("model", "optimizer"):
         ours, theirs = getattr(after, name), getattr(before, name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert not train_step(state, second, training, optimizer, World()).skipped
+    assert not take_step(state, second, training, optimizer, World()).skipped
     assert not torch.equal(
         weights(state), torch.cat([before.model[name].ravel() for name, _ in state.model.named_parameters()])
     )
@@ -244,7 +274,7 @@ def test_mixed_precision_is_near_fp32(index, precision):
     losses = []
     for training in (TRAINING, replace(TRAINING, precision=precision)):
         state = make_state(World(), training=training)
-        results = [train_step(state, batch, training, OPTIMIZER, World()) for batch in batches(index, World())]
+        results = [take_step(state, batch, training, OPTIMIZER, World()) for batch in batches(index, World())]
         assert all(parameter.dtype == torch.float32 for parameter in state.model.parameters())
         losses.append(results[0].sums.metrics()["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
@@ -257,7 +287,7 @@ def test_golden_step(sample_index):
     state = create_state(model, TRAINING, OPTIMIZER, World())
     order = SampleOrder(sample_index.page_sizes, seed=3, global_batch_size=32, window_steps=4)
     batch = next(local_batches(Layout(order, 1, 0, 1), sample_index))
-    result = train_step(state, batch, TRAINING, OPTIMIZER, World())
+    result = take_step(state, batch, TRAINING, OPTIMIZER, World())
     found = {
         "samples": batch.samples[:4].tolist(),
         **result.sums.metrics(),

@@ -91,15 +91,15 @@ TAMPERING = {
     ),
     "swapped checksums": (
         lambda rows: rows[5].update(arrivals=[[*rows[5]["arrivals"][0][:2], rows[6]["arrivals"][0][2]]]),
-        "step 14, rank 0: other samples arrived than the sample order says (checksum ",
+        "step 14: other samples arrived than the sample order says (checksum ",
     ),
     "a wrong slice": (
         lambda rows: rows[5].update(arrivals=[[448, 479, rows[5]["arrivals"][0][2]]]),
-        "step 14, rank 0: positions [448, 479) arrived, expected [448, 480)",
+        "step 14, rank 0: samples for places [448, 479) arrived, expected [448, 480)",
     ),
     "swapped steps": (
         lambda rows: (rows[5].update(step=15), rows[6].update(step=14)),
-        "step 15, rank 0: positions [448, 480) arrived, expected [480, 512)",
+        "step 15, rank 0: samples for places [448, 480) arrived, expected [480, 512)",
     ),
     "a rank that nobody had": (
         lambda rows: rows[5].update(arrivals=rows[5]["arrivals"] * 2),
@@ -132,7 +132,7 @@ def test_every_number_of_an_arrival_counts(run_dir):
             run_dir,
             lambda rows, place=place: rows[-1]["arrivals"][0].__setitem__(place, rows[-1]["arrivals"][0][place] + 1),
         )
-        assert len([finding for finding in findings(run_dir) if "step 19, rank 0" in finding]) == 1
+        assert len([finding for finding in findings(run_dir) if ": step 19" in finding]) == 1
         edit(
             run_dir,
             lambda rows, place=place: rows[-1]["arrivals"][0].__setitem__(place, rows[-1]["arrivals"][0][place] - 1),
