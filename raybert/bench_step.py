@@ -124,7 +124,7 @@ class Peer:
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.training.precision == "fp16")
 
     def prepare(self, batch: RankBatch) -> dict[str, torch.Tensor]:
-        """A batch by transformers' names, in its dtypes, on the CPU."""
+        """A batch by transformers' names, in its dtypes, in host memory, pinned for a GPU."""
         features = batch.features
         labels = np.full(features["input_ids"].shape, -100, np.int64)
         rows, places = np.nonzero(features["masked_lm_weights"])
@@ -136,15 +136,17 @@ class Peer:
             "labels": labels,
             "next_sentence_label": features["next_sentence_labels"].ravel(),
         }
-        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+        tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+        is_pinned = self._world.device.type == "cuda"
+        return {name: tensor.pin_memory() if is_pinned else tensor for name, tensor in tensors.items()}
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         """One update, micro-batch by micro-batch."""
-        training, optimizer = self._config.training, self._config.optimizer
+        training, optimizer, device = self._config.training, self._config.optimizer, self._world.device
         size = training.micro_batch_size
         num_samples = len(batch["input_ids"])
         for start in range(0, num_samples, size):
-            part = {name: values[start : start + size].to(self._world.device) for name, values in batch.items()}
+            part = {name: each[start : start + size].to(device, non_blocking=True) for name, each in batch.items()}
             with autocast(training, self._world):
                 loss = self.model(**part).loss
             self._scaler.scale(loss * (len(part["input_ids"]) / num_samples)).backward()

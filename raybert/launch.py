@@ -274,6 +274,7 @@ def _fit(job: Job, display: Display, ledger: Ledger, local: Path) -> None:
     trainer: Any = _trainer(job, local, Post(inbox), display.warn)
     cluster.replace_request(job.run, trainer.train_run_context.run_id)
     outcome: list[BaseException | None] = []
+    ended = threading.Event()  # a thread whose join is interrupted passes for ended in Python 3.11
 
     def fit() -> None:
         try:
@@ -281,16 +282,15 @@ def _fit(job: Job, display: Display, ledger: Ledger, local: Path) -> None:
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)
+        ended.set()
 
     # Not in the main thread: there Ray Train takes over Ctrl-C.
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
+    threading.Thread(target=fit, name="fit", daemon=True).start()
     try:
-        _follow(thread, inbox, job, display, ledger)
+        _follow(ended, inbox, job, display, ledger)
     finally:
         cluster.cancel_request(trainer.train_run_context.run_id)
-        if thread.is_alive():  # interrupted
-            _end(thread, inbox)
+        _end(ended, inbox)
     if isinstance(outcome[0], RayActorError):  # of workers that die, Ray Train makes an error of its own
         raise UserError(
             "Ray Train's controller, a process on the driver's node, has died, perhaps for want of memory; the same "
@@ -300,22 +300,23 @@ def _fit(job: Job, display: Display, ledger: Ledger, local: Path) -> None:
         raise cause_of(outcome[0])
 
 
-def _end(thread: threading.Thread, inbox: Any) -> None:
-    """End the controller, and so the thread that waits for it: under a call that waits, Ray's shutdown may crash."""
-    with suppress(RayError):
-        controller = ray.get(inbox.controller.remote(), timeout=END_S)
-        if controller is not None:
-            ray.kill(controller)
-            thread.join(END_S)
+def _end(ended: threading.Event, inbox: Any) -> None:
+    """End the controller, and so the call that waits for it, under which Ray's shutdown may crash."""
+    until_s = time.monotonic() + END_S
+    while not ended.is_set() and time.monotonic() < until_s:
+        with suppress(RayError):  # Ctrl-C in a terminal reaches the inbox, too
+            controller = ray.get(inbox.controller.remote(), timeout=POLL_S)
+            if controller is not None:  # else it is about to start
+                ray.kill(controller)
+        ended.wait(POLL_S)
 
 
-def _follow(thread: threading.Thread, inbox: Any, job: Job, display: Display, ledger: Ledger) -> None:
-    """Show the run's events while the thread lives."""
-    gauges, alive = Gauges(job.run, job.config), True
+def _follow(ended: threading.Event, inbox: Any, job: Job, display: Display, ledger: Ledger) -> None:
+    """Show the run's events until it has ended."""
+    gauges, is_last = Gauges(job.run, job.config), False
     look_at_s = time.monotonic() + SHORTAGE_S
-    while alive:
-        thread.join(POLL_S)
-        alive = thread.is_alive()  # asked before the events are taken, so that none is left behind
+    while not is_last:
+        is_last = ended.wait(POLL_S)  # asked before the events are taken, so that none is left behind
         for event in ray.get(inbox.take.remote()):
             job.tell(event)
             gauges.show(event)
