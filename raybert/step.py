@@ -152,8 +152,8 @@ def cut(
 
 def forward(model: nn.Module, batch: MicroBatch) -> Sums:
     """Loss and accuracy sums of a micro-batch."""
-    mlm_logits, nsp_logits = model(batch.tokens, batch.masked_places)
-    mlm, labels = mlm_sums(mlm_logits, batch.masked_labels, batch.masked_weights), batch.next_sentence_labels
+    projection, nsp_logits = model(batch.tokens, batch.masked_places)
+    mlm, labels = mlm_sums(projection, batch.masked_labels, batch.masked_weights), batch.next_sentence_labels
     return Sums.of(mlm, None if nsp_logits is None else nsp_sums(nsp_logits[: len(labels)], labels))
 
 
