@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=4, help="of the model")
     parser.add_argument("--batch", type=int, help=f"global batch (default: 32; of feed and scale {FEED_BATCH})")
     parser.add_argument("--micro-batch", type=int, default=16, help="samples of a forward and backward")
-    parser.add_argument("--micro-batch-tokens", type=int, default=0, help="of ours at most; 0: any number")
+    parser.add_argument("--micro-batch-tokens", type=_tokens, default=0, help="of ours; 0: any number, or auto")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of forward and backward")
     parser.add_argument("--compile", action="store_true", help="the layers of both sides")
     parser.add_argument("--activation-checkpointing", action="store_true", help="of ours")
@@ -74,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def _tokens(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
 
 
 def config_of(options: argparse.Namespace) -> Config:

@@ -86,8 +86,8 @@ class TrainingConfig:
     """Samples per step over all workers; constant for a run, whatever the number of workers."""
     micro_batch_size: int = 32
     """Samples per forward and backward on one worker at most; bounds memory only."""
-    micro_batch_tokens: int = 0
-    """Real tokens per forward and backward at most; with it samples that are short go by more at once. 0 sets none."""
+    micro_batch_tokens: int | Literal["auto"] = 0
+    """Real tokens per forward and backward at most; 0: any. auto: what fits a GPU, however many samples; on CPUs 0."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of forward and backward; weights stay fp32."""
     compile: bool = False

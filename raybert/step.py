@@ -147,7 +147,9 @@ def cut(
     """Samples as micro-batches that this rank's device takes best, each with the place of its first sample."""
     in_groups = not has_flash(world.device, training.precision, model.hidden_size // model.num_attention_heads)
     bucket = TOKEN_BUCKET if world.device.type == "cuda" else 1
-    return micro_batches(features, training.micro_batch_size, training.micro_batch_tokens, bucket, in_groups)
+    tokens = training.micro_batch_tokens
+    max_tokens = 0 if tokens == "auto" else tokens  # on GPUs `capacity` has put a number there
+    return micro_batches(features, training.micro_batch_size, max_tokens, bucket, in_groups)
 
 
 def forward(model: nn.Module, batch: MicroBatch) -> Sums:

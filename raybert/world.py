@@ -58,6 +58,13 @@ class World:
             dist.all_reduce(total)
         return total
 
+    def min(self, value: int) -> int:
+        """The smallest of all ranks' values; all ranks call it."""
+        smallest = torch.tensor(value)
+        if self.size > 1:
+            dist.all_reduce(smallest, dist.ReduceOp.MIN, self.control)
+        return int(smallest)
+
     def any(self, mine: bool) -> Callable[[], bool]:
         """Ask whether any rank says yes, which every rank must ask; see `vote`."""
         answers = self.vote(mine)

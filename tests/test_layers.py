@@ -38,7 +38,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
     ("batch",),
     ("model",),
     ("pretrained", "step"),
-    ("checkpoint", "evaluate", "loop", "telemetry"),
+    ("capacity", "checkpoint", "evaluate", "loop", "telemetry"),
     ("agent", "interface", "lookout", "preflight"),
     ("verify",),
     ("cluster", "failures", "gauges", "ingest", "peers"),

@@ -1,11 +1,9 @@
 """Cross-entropy by parts is that of all logits at once, and never has them all."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
+from allocations import peak_bytes
 
 from raybert import projection
 from raybert.projection import Projection, cross_entropy_sums
@@ -97,17 +95,6 @@ def test_hidden_states_in_low_precision_get_gradients_in_it():
         loss, _ = cross_entropy_sums(Projection(low, table, bias), labels, weights)
     loss.backward()
     assert (low.grad.dtype, table.grad.dtype, bias.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-
-
-def peak_bytes(work):
-    """Most that torch's allocator had given out at once on behalf of work, by its own record."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    events = recorded.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held_bytes = list(itertools.accumulate(nbytes for _, nbytes in changes))
-    assert held_bytes[-1] == 0
-    return max(held_bytes)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
