@@ -13,6 +13,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from raybert.checks import check_config
 from raybert.config import Config
 from raybert.config_file import build_config, load_settings
 from raybert.errors import UserError
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batch", type=int, default=16, help="samples of a forward and backward")
     parser.add_argument("--micro-batch-tokens", type=_tokens, default=0, help="of ours; 0: any number, or auto")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of forward and backward")
+    parser.add_argument("--float8", action="store_true", help="products of our layers, where precision is bf16")
     parser.add_argument("--compile", action="store_true", help="the layers of both sides")
     parser.add_argument("--activation-checkpointing", action="store_true", help="of ours")
     parser.add_argument("--dropout", type=float, default=0.1, help="of hidden states and attention")
@@ -100,6 +102,7 @@ def config_of(options: argparse.Namespace) -> Config:
         micro_batch_size=options.micro_batch,
         micro_batch_tokens=options.micro_batch_tokens,
         precision=options.precision,
+        float8=options.float8,
         compile=options.compile,
         activation_checkpointing=options.activation_checkpointing,
     )
@@ -113,9 +116,11 @@ def config_of(options: argparse.Namespace) -> Config:
     evaluation = replace(base.evaluation, input_files="", every_steps=0)
     cluster = replace(base.cluster, num_workers=1, cpus_per_worker=options.threads)
     checkpoint = replace(base.checkpoint, every_steps=NEVER)
-    return replace(
+    config = replace(
         base, data=data, model=model, training=training, checkpoint=checkpoint, evaluation=evaluation, cluster=cluster
     )
+    check_config(config)
+    return config
 
 
 def _decode(options: argparse.Namespace) -> list[Figure]:

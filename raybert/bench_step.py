@@ -56,7 +56,8 @@ def measure(config: Config, num_rounds: int, round_s: float) -> list[Figure]:
     rates = _in_turns(steps, batches, world.device, num_rounds, round_s)
     settings = {
         "raybert": step_settings(ours, world.device),
-        "transformers": step_settings(config, world.device) | {"attention": "sdpa", "inputs": "tensors made before"},
+        "transformers": step_settings(config, world.device)
+        | {"float8": False, "attention": "sdpa", "inputs": "tensors made before"},
     }
     figures = [
         measured("step", name, unit, [rate[k] for rate in rates[name]], settings[name])

@@ -92,6 +92,8 @@ class TrainingConfig:
     """Arithmetic of forward and backward; weights stay fp32."""
     compile: bool = False
     """Compile the encoder's layers (torch.compile), which takes a minute or so when workers start; for GPUs."""
+    float8: bool = False
+    """Matrix products of the layers in fp8, by torchao, where precision is bf16; for Ada, Hopper and later GPUs."""
     activation_checkpointing: bool = False
     """Compute each layer again in backward instead of keeping what is inside of it: less memory, a third more work."""
     use_next_sentence_label: bool = True

@@ -15,6 +15,7 @@ from raybert.batch import Arrays, MicroBatch, micro_batches
 from raybert.config import ModelConfig, OptimizerConfig, TrainingConfig
 from raybert.example import Schema
 from raybert.feed import RankBatch
+from raybert.float8 import check_device, use_float8
 from raybert.flops import training_flops
 from raybert.loss import Sums, mlm_sums, nsp_sums, total_loss
 from raybert.model import BertForPreTraining
@@ -75,6 +76,9 @@ def create_state(model: ModelConfig, training: TrainingConfig, optimizer: Optimi
     torch.manual_seed(training.seed)
     bert = BertForPreTraining(model, training.use_next_sentence_label).to(world.device)
     bert.bert.encoder.recomputes = training.activation_checkpointing
+    if training.float8:
+        check_device(world.device)
+        use_float8(bert.bert.encoder)
     if training.compile:
         for layer in bert.bert.encoder.layer:
             layer.compile(dynamic=True)

@@ -351,6 +351,14 @@ def test_model_garden_refusal_names_the_flag(argv: list[str], message: str) -> N
             "training.num_steps must be at least 1; training.num_steps=0; raise it",
         ),
         (Config(training=TrainingConfig(micro_batch_size=0)), "training.micro_batch_size=0"),
+        (
+            Config(training=TrainingConfig(float8=True)),
+            "training.float8 is for what is bf16 otherwise, got training.precision=fp32; precision to bf16",
+        ),
+        (
+            Config(training=TrainingConfig(float8=True, precision="bf16"), model=ModelConfig(intermediate_size=3080)),
+            "training.float8 needs multiples of 16, got model.intermediate_size=3080; change it",
+        ),
         (Config(training=TrainingConfig(micro_batch_tokens=-1)), "training.micro_batch_tokens must be at least 0"),
         (Config(training=TrainingConfig(global_batch_size=0)), "training.global_batch_size=0"),
         (Config(training=TrainingConfig(log_every_steps=0)), "training.log_every_steps=0"),

@@ -37,6 +37,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
     ("attention", "loss"),
     ("batch",),
     ("model",),
+    ("float8",),
     ("pretrained", "step"),
     ("capacity", "checkpoint", "evaluate", "loop", "telemetry"),
     ("agent", "interface", "lookout", "preflight"),
