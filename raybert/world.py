@@ -106,9 +106,7 @@ class World:
         if self.size == 1:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def without_sync(model: nn.Module) -> AbstractContextManager[None]:
