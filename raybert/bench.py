@@ -8,10 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from raybert.checks import check_config
 from raybert.config import Config
 from raybert.config_file import build_config, load_settings
 from raybert.errors import UserError
@@ -55,8 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=4, help="of the model")
     parser.add_argument("--batch", type=int, help=f"global batch (default: 32; of feed and scale {FEED_BATCH})")
     parser.add_argument("--micro-batch", type=int, default=16, help="samples of a forward and backward")
-    parser.add_argument("--micro-batch-tokens", type=int, default=0, help="of ours at most; 0: any number")
+    parser.add_argument("--micro-batch-tokens", type=_tokens, default=0, help="of ours; 0: any number, or auto")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of forward and backward")
+    parser.add_argument("--float8", action="store_true", help="products of our layers, where precision is bf16")
     parser.add_argument("--compile", action="store_true", help="the layers of both sides")
     parser.add_argument("--activation-checkpointing", action="store_true", help="of ours")
     parser.add_argument("--dropout", type=float, default=0.1, help="of hidden states and attention")
@@ -74,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def _tokens(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
 
 
 def config_of(options: argparse.Namespace) -> Config:
@@ -95,6 +102,7 @@ def config_of(options: argparse.Namespace) -> Config:
         micro_batch_size=options.micro_batch,
         micro_batch_tokens=options.micro_batch_tokens,
         precision=options.precision,
+        float8=options.float8,
         compile=options.compile,
         activation_checkpointing=options.activation_checkpointing,
     )
@@ -108,9 +116,11 @@ def config_of(options: argparse.Namespace) -> Config:
     evaluation = replace(base.evaluation, input_files="", every_steps=0)
     cluster = replace(base.cluster, num_workers=1, cpus_per_worker=options.threads)
     checkpoint = replace(base.checkpoint, every_steps=NEVER)
-    return replace(
+    config = replace(
         base, data=data, model=model, training=training, checkpoint=checkpoint, evaluation=evaluation, cluster=cluster
     )
+    check_config(config)
+    return config
 
 
 def _decode(options: argparse.Namespace) -> list[Figure]:

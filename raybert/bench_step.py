@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 
 from raybert.allocator import MALLOC
 from raybert.bench_data import batches_in_memory
+from raybert.capacity import fitted
 from raybert.config import Config
 from raybert.config_file import config_from_yaml, config_to_yaml
 from raybert.feed import RankBatch
@@ -45,15 +46,19 @@ def measure(config: Config, num_rounds: int, round_s: float) -> list[Figure]:
     world = usual_world()
     batches = batches_in_memory(config, num_steps=1000)
     state = create_state(config.model, config.training, config.optimizer, world)
-    steps: dict[str, Step] = {"raybert": lambda batch: _step(state, batch, config, world)}
+    steps: dict[str, Step] = {}
     if importlib.util.find_spec("transformers"):
         peer = Peer(config, state, world.device)
         prepared = {id(batch): peer.prepare(batch) for batch in batches}
         steps["transformers"] = lambda batch: peer.step(prepared[id(batch)])
+        peer.step(prepared[id(batches[0])])  # so that all that it keeps is there before ours is fitted
+    ours = replace(config, training=fitted(state, config.data, config.training, world))
+    steps = {"raybert": lambda batch: _step(state, batch, ours, world)} | steps
     rates = _in_turns(steps, batches, world.device, num_rounds, round_s)
     settings = {
-        "raybert": step_settings(config, world.device),
-        "transformers": step_settings(config, world.device) | {"attention": "sdpa", "inputs": "tensors made before"},
+        "raybert": step_settings(ours, world.device),
+        "transformers": step_settings(config, world.device)
+        | {"float8": False, "attention": "sdpa", "inputs": "tensors made before"},
     }
     figures = [
         measured("step", name, unit, [rate[k] for rate in rates[name]], settings[name])
@@ -169,6 +174,7 @@ def steady_rate(config: Config, num_skipped: int) -> list[Figure]:
     world = usual_world()
     batches = batches_in_memory(config, config.training.num_steps)
     state = create_state(config.model, config.training, config.optimizer, world)
+    config = replace(config, training=fitted(state, config.data, config.training, world))
     for number, batch in enumerate(itertools.islice(itertools.cycle(batches), config.training.num_steps)):
         if number == num_skipped:
             synchronize(world.device)

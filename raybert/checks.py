@@ -60,6 +60,7 @@ def check_config(config: Config) -> None:
             "looks for no spike."
         )
     _check_lengths(config)
+    _check_float8(config)
     _check_workers(config)
 
 
@@ -98,6 +99,23 @@ def _check_lengths(config: Config) -> None:
             f"{data.max_seq_length} and max_position_embeddings={positions}; "
             f"raise model.max_position_embeddings or use shorter samples."
         )
+
+
+def _check_float8(config: Config) -> None:
+    if not config.training.float8:
+        return
+    if config.training.precision != "bf16":
+        raise UserError(
+            f"training.float8 is for what is bf16 otherwise, got training.precision={config.training.precision}; "
+            "set training.precision to bf16, or training.float8 to false."
+        )
+    for name in ("hidden_size", "intermediate_size"):
+        size = getattr(config.model, name)
+        if config.bert_config_file is None and size % 16:
+            raise UserError(
+                f"training.float8 needs multiples of 16, got model.{name}={size}; change it, or set training.float8 to "
+                "false."
+            )
 
 
 def _check_workers(config: Config) -> None:

@@ -86,12 +86,14 @@ class TrainingConfig:
     """Samples per step over all workers; constant for a run, whatever the number of workers."""
     micro_batch_size: int = 32
     """Samples per forward and backward on one worker at most; bounds memory only."""
-    micro_batch_tokens: int = 0
-    """Real tokens per forward and backward at most; with it samples that are short go by more at once. 0 sets none."""
+    micro_batch_tokens: int | Literal["auto"] = 0
+    """Real tokens per forward and backward at most; 0: any. auto: what fits a GPU, however many samples; on CPUs 0."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of forward and backward; weights stay fp32."""
     compile: bool = False
     """Compile the encoder's layers (torch.compile), which takes a minute or so when workers start; for GPUs."""
+    float8: bool = False
+    """Matrix products of the layers in fp8, by torchao, where precision is bf16; for Ada, Hopper and later GPUs."""
     activation_checkpointing: bool = False
     """Compute each layer again in backward instead of keeping what is inside of it: less memory, a third more work."""
     use_next_sentence_label: bool = True

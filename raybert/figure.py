@@ -77,6 +77,7 @@ def step_settings(config: Config, device: torch.device) -> dict[str, Any]:
         "weights": "float32",
         "dropout": model.hidden_dropout_prob,
         "attention_dropout": model.attention_probs_dropout_prob,
+        "float8": training.float8,
         "compile": training.compile,
         "activation_checkpointing": training.activation_checkpointing,
         "optimizer": f"{config.optimizer.type}, fused",

@@ -3,7 +3,8 @@
 MFU is as in PaLM (Chowdhery et al. 2022, appendix B): operations that the model needs, over what the devices could have
 done in the same time. Counted are the matrix products of a forward and a backward pass, a multiply-add as two, over
 real tokens, and behind the last attention over those that a loss looks at; what is recomputed, and work on padding, is
-not. Embedding lookups, softmax, LayerNorm, dropout and the optimizer are left out, as there.
+not. Embedding lookups, softmax, LayerNorm, dropout and the optimizer are left out, as there. Products in fp8 count as
+those in bf16, whose peak is half as high.
 
 Letters: B samples, T real tokens, M masked tokens, D hidden, F feed-forward, V vocabulary.
 """

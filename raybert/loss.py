@@ -11,19 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raybert.projection import Projection, cross_entropy_sums
+
 PartSums = tuple[Tensor, Tensor, Tensor]
-"""Weighted loss, weight, and weight of what was predicted right: 0-d float64, on the device of the logits."""
+"""Weighted loss, weight, and weight of what was predicted right: 0-d float64, on the device of the model."""
 
 
-def mlm_sums(mlm_logits: Tensor, labels: Tensor, weights: Tensor) -> PartSums:
+def mlm_sums(projection: Projection, labels: Tensor, weights: Tensor) -> PartSums:
     """sum(w * ce), sum(w) and sum(w * [argmax == label]) over masked tokens (Devlin et al. 2019, section 3.1, task 1).
 
     Args:
-        mlm_logits: [M, V], any float type; M may be 0.
+        projection: of the M masked tokens; M may be 0. Backward works once.
         labels: [M] int32 or int64 in [0, V).
         weights: [M], `masked_lm_weights` of the masked tokens.
     """
-    return _weighted_sums(mlm_logits, labels, weights)
+    weights = weights.double()
+    loss, correct = cross_entropy_sums(projection, labels.long(), weights)
+    return loss, weights.sum(), correct
 
 
 def nsp_sums(nsp_logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> PartSums:
@@ -34,13 +38,9 @@ def nsp_sums(nsp_logits: Tensor, labels: Tensor, weights: Tensor | None = None) 
         labels: [B] int32 or int64; 1 where the second sentence is a random one.
         weights: [B], 1 for a sample, 0 for one that only fills up the batch; None: all are samples.
     """
-    return _weighted_sums(nsp_logits, labels, torch.ones_like(labels) if weights is None else weights)
-
-
-def _weighted_sums(logits: Tensor, labels: Tensor, weights: Tensor) -> PartSums:
-    labels, weights = labels.long(), weights.double()
+    labels, weights = labels.long(), (torch.ones_like(labels) if weights is None else weights).double()
     # At least fp32, also under autocast; summed in float64, so that the total hardly depends on how a batch was cut.
-    precise = logits if logits.dtype == torch.float64 else logits.float()
+    precise = nsp_logits if nsp_logits.dtype == torch.float64 else nsp_logits.float()
     cross_entropy = F.cross_entropy(precise, labels, reduction="none")
     correct = precise.detach().argmax(dim=-1) == labels
     return (weights * cross_entropy).sum(), weights.sum(), (weights * correct).sum()

@@ -20,6 +20,7 @@ from raybert.batch import Tokens
 from raybert.config import ModelConfig
 from raybert.dropout import Dropout
 from raybert.errors import UserError
+from raybert.projection import Projection
 
 LAYER_NORM_EPS = 1e-12
 
@@ -94,8 +95,8 @@ class BertForPreTraining(nn.Module):
             module.requires_grad_(use_next_sentence)
         initialize_weights(self, config.initializer_range)
 
-    def forward(self, tokens: Tokens, masked_places: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of the masked tokens and of the sentence pairs.
+    def forward(self, tokens: Tokens, masked_places: Tensor) -> tuple[Projection, Tensor | None]:
+        """The projection to the logits of the masked tokens, and the logits of the sentence pairs.
 
         Args:
             tokens: of B samples, in S sequences.
@@ -103,17 +104,17 @@ class BertForPreTraining(nn.Module):
                 then still gets a gradient (of zeros), as DDP needs.
 
         Returns:
-            mlm_logits [M, V] and nsp_logits [S, 2] (0: the second sentence follows the first), of which the first B
-            are the samples'; None instead of nsp_logits without next sentence prediction.
+            the projection to [M, V], and nsp_logits [S, 2] (0: the second sentence follows the first), of which the
+            first B are the samples'; None instead of nsp_logits without next sentence prediction.
         """
         # Only these are looked at: what comes after the last attention costs M + S rows instead of T.
         firsts = tokens.sequences.starts[:-1].long() if self.use_next_sentence else masked_places[:0]
         hidden_WD = self.bert(tokens, torch.cat([masked_places, firsts]))
         hidden_MD, first_SD = hidden_WD.split([len(masked_places), len(firsts)])  # [CLS] stands first
-        mlm_logits_MV = self.cls.predictions(hidden_MD, self.bert.embeddings.word_embeddings.weight)
+        projection = self.cls.predictions(hidden_MD, self.bert.embeddings.word_embeddings.weight)
         if not self.use_next_sentence:
-            return mlm_logits_MV, None
-        return mlm_logits_MV, self.cls.seq_relationship(self.bert.pooler(first_SD))
+            return projection, None
+        return projection, self.cls.seq_relationship(self.bert.pooler(first_SD))
 
 
 @torch.no_grad()
@@ -280,15 +281,15 @@ class PreTrainingHeads(nn.Module):
 
 
 class MaskedLmHead(nn.Module):
-    """Logits over the vocabulary; the projection is the word embedding table itself, so only the bias is here."""
+    """To the vocabulary; what projects to it is the word embedding table itself, so only the bias is here."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.transform = Transform(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden_MD: Tensor, word_embeddings_VD: Tensor) -> Tensor:
-        return F.linear(self.transform(hidden_MD), word_embeddings_VD, self.bias)
+    def forward(self, hidden_MD: Tensor, word_embeddings_VD: Tensor) -> Projection:
+        return Projection(self.transform(hidden_MD), word_embeddings_VD, self.bias)
 
 
 class Transform(nn.Module):

@@ -57,9 +57,9 @@ def cut(
     """Samples as micro-batches that a device takes best, each with the place of its first sample."""
     in_groups = not has_flash(device, training.precision, model.hidden_size // model.num_attention_heads)
     bucket = TOKEN_BUCKET if device.type == "cuda" else 1
-    for start, part in micro_batches(
-        features, training.micro_batch_size, training.micro_batch_tokens, bucket, in_groups
-    ):
+    tokens = training.micro_batch_tokens
+    max_tokens = 0 if tokens == "auto" else tokens  # on GPUs `capacity` has put a number there
+    for start, part in micro_batches(features, training.micro_batch_size, max_tokens, bucket, in_groups):
         yield start, part.pinned() if device.type == "cuda" else part
 
 

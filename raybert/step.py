@@ -12,6 +12,7 @@ from torch import nn
 from raybert.batch import MicroBatch
 from raybert.config import ModelConfig, OptimizerConfig, TrainingConfig
 from raybert.example import Schema
+from raybert.float8 import check_device, use_float8
 from raybert.loss import Sums, mlm_sums, nsp_sums, total_loss
 from raybert.model import BertForPreTraining
 from raybert.optim import build_optimizer, gradient_norm, learning_rate, update
@@ -70,6 +71,9 @@ def create_state(model: ModelConfig, training: TrainingConfig, optimizer: Optimi
     torch.manual_seed(training.seed)
     bert = BertForPreTraining(model, training.use_next_sentence_label).to(world.device)
     bert.bert.encoder.recomputes = training.activation_checkpointing
+    if training.float8:
+        check_device(world.device)
+        use_float8(bert.bert.encoder)
     if training.compile:
         for layer in bert.bert.encoder.layer:
             layer.compile(dynamic=True)
@@ -133,8 +137,8 @@ def _backward(state: TrainState, plan: Plan, training: TrainingConfig, world: Wo
 
 def forward(model: nn.Module, batch: MicroBatch) -> Sums:
     """Loss and accuracy sums of a micro-batch."""
-    mlm_logits, nsp_logits = model(batch.tokens, batch.masked_places)
-    mlm, labels = mlm_sums(mlm_logits, batch.masked_labels, batch.masked_weights), batch.next_sentence_labels
+    projection, nsp_logits = model(batch.tokens, batch.masked_places)
+    mlm, labels = mlm_sums(projection, batch.masked_labels, batch.masked_weights), batch.next_sentence_labels
     return Sums.of(mlm, None if nsp_logits is None else nsp_sums(nsp_logits[: len(labels)], labels))
 
 

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ray.train.torch import get_device
 from raybert import ingest
 from raybert.begin import Begin
 from raybert.cadence import Past, past
+from raybert.capacity import fitted
 from raybert.checkpoint import Saver, Writer, restore
 from raybert.config import Config
 from raybert.entry import read_ledger
@@ -85,6 +86,7 @@ def train_worker(job: Job) -> None:
     state = create_state(job.config.model, job.config.training, job.config.optimizer, world)
     records = _initialize(state, job, attempt, world)
     settle_buckets(state, job.config.data.max_seq_length, job.config.training, world)
+    job = _fitted(job, state, world)
     with ExitStack() as contexts:
         recorder = Recorder(job, attempt, contexts.enter_context(scratch()), records) if world.is_first else None
         if recorder:
@@ -111,6 +113,14 @@ def train_worker(job: Job) -> None:
                 recorder.close()
             if handing:
                 handing.close()
+
+
+def _fitted(job: Job, state: TrainState, world: World) -> Job:
+    """The job with a number of tokens that fits the memory, where it leaves that open."""
+    config, training = job.config, fitted(state, job.config.data, job.config.training, world)
+    if training != config.training and world.is_first:
+        job.tell(Event("note", text=f"micro-batches of up to {training.micro_batch_tokens:,} tokens fit the memory"))
+    return replace(job, config=replace(config, training=training))
 
 
 def _snapshot(recorder: Recorder | None, handing: Sender | None, state: TrainState, records: list[StepRecord]) -> None:

@@ -58,6 +58,13 @@ class World:
             dist.all_reduce(total)
         return total
 
+    def min(self, value: int) -> int:
+        """The smallest of all ranks' values; all ranks call it."""
+        smallest = torch.tensor(value)
+        if self.size > 1:
+            dist.all_reduce(smallest, dist.ReduceOp.MIN, self.control)
+        return int(smallest)
+
     def any(self, mine: bool) -> Callable[[], bool]:
         """Ask whether any rank says yes, which every rank must ask; see `vote`."""
         answers = self.vote(mine)
@@ -99,9 +106,7 @@ class World:
         if self.size == 1:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def without_sync(model: nn.Module) -> AbstractContextManager[None]:

@@ -48,7 +48,7 @@ def test_decode_has_a_peer_and_says_what_was_read(tmp_path):
 
 
 def test_step_runs_under_the_settings_it_names(tmp_path):
-    found = figures(tmp_path, "step", *TINY, "--seconds", "0.05", "--dropout", "0.2")
+    found = figures(tmp_path, "step", *TINY, "--seconds", "0.05", "--dropout", "0.2", "--micro-batch-tokens", "auto")
     for name in ["raybert", "transformers"] if HAS_PEER else ["raybert"]:
         figure = found[name, "samples/s"]
         assert len(figure["runs"]) == 2 and figure["value"] > 0 and found[name, "tokens/s"]["value"] > figure["value"]
@@ -60,6 +60,7 @@ def test_step_runs_under_the_settings_it_names(tmp_path):
             "sequence_length": 128,
             "batch": 4,
             "micro_batch": 2,
+            "micro_batch_tokens": "auto",
             "precision": "fp32",
             "weights": "float32",
             "dropout": 0.2,

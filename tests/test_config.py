@@ -112,6 +112,8 @@ def test_defaults_then_yaml_then_flags(yaml_file: Callable[[str], str]) -> None:
         ("cluster.num_workers", "1,4", "1,4"),
         ("checkpoint.every_steps", "12", 12),
         ("checkpoint.every_steps", "auto", "auto"),
+        ("training.micro_batch_tokens", "8192", 8192),
+        ("training.micro_batch_tokens", "auto", "auto"),
     ],
 )
 def test_flag_text_becomes_the_type_of_its_field(name: str, text: str, value: object) -> None:
@@ -185,6 +187,7 @@ def test_shipped_phases_are_one_learning_rate_line() -> None:
         (["--training.precision", "fp8"], "training.precision must be one of fp32, bf16, fp16, got 'fp8'."),
         (["--cluster.use_gpu", "1"], "cluster.use_gpu must be true or false, got '1'."),
         (["--checkpoint.every_steps", "often"], "checkpoint.every_steps must be int or auto, got 'often'."),
+        (["--training.micro_batch_tokens", "many"], "training.micro_batch_tokens must be int or auto, got 'many'."),
         (["--evaluation.num_steps", "x"], "evaluation.num_steps must be int or null, got 'x'."),
         (["--training.seed"], "command line: --training.seed needs a value (int); write --training.seed=VALUE."),
         (["--cluster.use_gpu", "--training.seed=1"], "--cluster.use_gpu needs a value (true or false)"),
@@ -348,6 +351,15 @@ def test_model_garden_refusal_names_the_flag(argv: list[str], message: str) -> N
             "training.num_steps must be at least 1; training.num_steps=0; raise it",
         ),
         (Config(training=TrainingConfig(micro_batch_size=0)), "training.micro_batch_size=0"),
+        (
+            Config(training=TrainingConfig(float8=True)),
+            "training.float8 is for what is bf16 otherwise, got training.precision=fp32; precision to bf16",
+        ),
+        (
+            Config(training=TrainingConfig(float8=True, precision="bf16"), model=ModelConfig(intermediate_size=3080)),
+            "training.float8 needs multiples of 16, got model.intermediate_size=3080; change it",
+        ),
+        (Config(training=TrainingConfig(micro_batch_tokens=-1)), "training.micro_batch_tokens must be at least 0"),
         (Config(training=TrainingConfig(global_batch_size=0)), "training.global_batch_size=0"),
         (Config(training=TrainingConfig(log_every_steps=0)), "training.log_every_steps=0"),
         (Config(training=TrainingConfig(seed=-1)), "training.seed must be at least 0; training.seed=-1"),

@@ -36,8 +36,8 @@ def measured_flops(model, use_next_sentence, num_samples, seq_length, num_masked
     tokens, *_ = pack(ids, ids * 0, ids == 1)
     # The plain kernel: those that compute scores again in backward count it, which the model does not need.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        mlm_logits, nsp_logits = bert(tokens, torch.arange(num_masked))
-        (mlm_logits.sum() + (nsp_logits.sum() if use_next_sentence else 0)).backward()
+        projection, nsp_logits = bert(tokens, torch.arange(num_masked))
+        (projection.logits().sum() + (nsp_logits.sum() if use_next_sentence else 0)).backward()
     return counter.get_total_flops()
 
 

@@ -3,13 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 
 from raybert.batch import pack
 from raybert.config import ModelConfig
 from raybert.errors import UserError
+from raybert.loss import mlm_sums
 from raybert.model import ACTIVATIONS, BertForPreTraining, check_model_config
 from raybert.pretrained import transformers_config
 
@@ -71,10 +71,10 @@ def test_logits_equal_those_of_transformers(hidden_act, num_real):
     model = randomized(tiny_model(hidden_act=hidden_act)).eval()
     input_ids, input_mask, segment_ids = batch(num_real)
     masked = MASKED_POSITIONS[input_mask.flatten()[MASKED_POSITIONS] == 1]
-    mlm_logits, nsp_logits = model(packed(input_ids, input_mask, segment_ids), places(input_mask, masked))
+    projection, nsp_logits = model(packed(input_ids, input_mask, segment_ids), places(input_mask, masked))
     theirs = transformers_twin(model)(input_ids, attention_mask=input_mask, token_type_ids=segment_ids)
     torch.testing.assert_close(nsp_logits, theirs.seq_relationship_logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(mlm_logits, theirs.prediction_logits.flatten(0, 1)[masked], atol=1e-5, rtol=0)
+    torch.testing.assert_close(projection.logits(), theirs.prediction_logits.flatten(0, 1)[masked], atol=1e-5, rtol=0)
 
 
 def test_state_dict_has_the_names_that_transformers_stores(tmp_path):
@@ -94,7 +94,8 @@ def test_what_fills_up_a_bucket_changes_nothing(bucket):
     arrays = input_ids.numpy(), segment_ids.numpy(), input_mask.numpy().astype(bool)
     results = []
     for tokens in (pack(*arrays)[0], pack(*arrays, bucket)[0]):
-        mlm_logits, nsp_logits = model(tokens, torch.tensor([0, 8, 9, 12]))
+        projection, nsp_logits = model(tokens, torch.tensor([0, 8, 9, 12]))
+        mlm_logits = projection.logits()
         (mlm_logits.square().sum() + nsp_logits[:2].square().sum()).backward()
         results.append([mlm_logits, nsp_logits[:2], *(parameter.grad for parameter in model.parameters())])
         model.zero_grad()
@@ -108,10 +109,9 @@ def test_what_fills_up_a_bucket_changes_nothing(bucket):
 def test_without_masked_tokens_every_trained_parameter_gets_a_gradient(use_next_sentence, autocast):
     model = tiny_model(use_next_sentence=use_next_sentence)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        mlm_logits, nsp_logits = model(packed(*batch()), torch.zeros(0, dtype=torch.int64))
-    assert mlm_logits.shape == (0, TINY.vocab_size)
-    loss = mlm_logits.float().sum() if nsp_logits is None else mlm_logits.float().sum() + nsp_logits.float().sum()
-    loss.backward()
+        projection, nsp_logits = model(packed(*batch()), torch.zeros(0, dtype=torch.int64))
+        loss, *_ = mlm_sums(projection, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    (loss if nsp_logits is None else loss + nsp_logits.float().sum()).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
     assert model.cls.predictions.bias.grad.count_nonzero() == 0
@@ -132,8 +132,8 @@ def test_without_next_sentence_the_state_dict_is_the_same_and_the_head_is_not_tr
 def test_word_embeddings_learn_from_both_ends():
     model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     input_ids, input_mask, segment_ids = batch()
-    mlm_logits, _ = model(packed(input_ids, input_mask, segment_ids), MASKED_POSITIONS)
-    F.cross_entropy(mlm_logits, torch.tensor([1, 2, 3, 4])).backward()
+    projection, _ = model(packed(input_ids, input_mask, segment_ids), MASKED_POSITIONS)
+    mlm_sums(projection, torch.tensor([1, 2, 3, 4]), torch.ones(4))[0].backward()
     gradient = model.bert.embeddings.word_embeddings.weight.grad
     absent = sorted(set(range(TINY.vocab_size)) - set(input_ids.flatten().tolist()))
     assert absent
@@ -144,9 +144,10 @@ def test_word_embeddings_learn_from_both_ends():
 def test_dropout_is_on_in_training_only(kind):
     model = tiny_model(**{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, kind: 0.1})
     torch.manual_seed(0)
-    assert not torch.equal(model(packed(*batch()), MASKED_POSITIONS)[0], model(packed(*batch()), MASKED_POSITIONS)[0])
-    model.eval()
-    assert torch.equal(model(packed(*batch()), MASKED_POSITIONS)[0], model(packed(*batch()), MASKED_POSITIONS)[0])
+    for is_training in (True, False):
+        model.train(is_training)
+        one, other = (model(packed(*batch()), MASKED_POSITIONS)[0].logits() for _ in range(2))
+        assert torch.equal(one, other) != is_training
 
 
 def test_initial_weights_are_a_truncated_normal():

@@ -66,9 +66,9 @@ def logits_of_both(model, twin):
     segment_ids = torch.zeros_like(input_ids)
     segment_ids[:, 5:] = 1
     tokens, *_ = pack(input_ids.numpy(), segment_ids.numpy(), input_mask.numpy() == 1)
-    mlm_logits, nsp_logits = model(tokens, torch.arange(18))
+    projection, nsp_logits = model(tokens, torch.arange(18))
     theirs = twin(input_ids, attention_mask=input_mask, token_type_ids=segment_ids)
-    return (mlm_logits, nsp_logits), (theirs.prediction_logits.flatten(0, 1), theirs.seq_relationship_logits)
+    return (projection.logits(), nsp_logits), (theirs.prediction_logits.flatten(0, 1), theirs.seq_relationship_logits)
 
 
 @pytest.mark.parametrize("use_next_sentence", [True, False])

@@ -1,0 +1,114 @@
+"""The projection of hidden states to the vocabulary, and the cross-entropy of its logits, never all of them at once.
+
+Those of a large micro-batch are gigabytes. Here one part of them after the other becomes its share of the sums and, at
+once, of the gradients, which backward then only scales: no part is kept, and none is computed twice. As in Liger
+Kernel's fused linear cross-entropy (Hsu et al. 2024, section 3.2).
+
+Shape letters: M masked tokens, N of them in a part, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+PART_LOGITS = 1 << 25  # at most: 128 MiB in fp32, and still products that keep a GPU busy
+
+
+class Projection(NamedTuple):
+    """Logits that nobody has computed yet: hidden_MD @ table_VD.T + bias_V."""
+
+    hidden_MD: Tensor
+    table_VD: Tensor
+    bias_V: Tensor
+
+    def logits(self) -> Tensor:
+        """[M, V], all of them."""
+        return F.linear(*self)
+
+
+def cross_entropy_sums(projection: Projection, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """sum(w * ce) and sum(w * [argmax == label]), 0-d float64; backward from the first works once.
+
+    Matrix products are in autocast's type, all else is in fp32 at least.
+
+    Args:
+        projection: of M tokens; with M = 0 the gradients are zeros.
+        labels: [M] int64 in [0, V).
+        weights: [M] float64.
+    """
+    apply: Callable[..., tuple[Tensor, Tensor]] = _CrossEntropySums.apply
+    return apply(*projection, labels, weights, torch.is_grad_enabled())
+
+
+class _CrossEntropySums(torch.autograd.Function):
+    """Until backward knows what the sum is multiplied by, its gradients are those of the sum alone.
+
+    In fp16 they need no loss scale for that: a logit's is in [-1, 1], however large the global batch is, and what the
+    products make of it is kept in fp32, where it bears any.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, table_VD: Tensor, bias_V: Tensor, labels: Tensor, weights: Tensor, is_trained: bool
+    ) -> tuple[Tensor, Tensor]:
+        kind, num_rows = hidden_MD.device.type, max(1, PART_LOGITS // len(table_VD))
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else table_VD.dtype
+        low_MD, low_VD, low_V = (x.to(dtype) for x in (hidden_MD, table_VD, bias_V))
+        sums = weights.new_zeros(2)
+        hidden_grads: list[Tensor] = []
+        table_grad = bias_grad = None
+        with torch.autocast(kind, enabled=False):
+            for hidden_ND, *rows in zip(*(x.split(num_rows) for x in (low_MD, labels, weights)), strict=True):
+                part_sums, gradients = _part(Projection(hidden_ND, low_VD, low_V), rows[0], rows[1], is_trained)
+                sums += part_sums
+                if gradients is not None:
+                    hidden_grads.append(gradients.hidden_MD)
+                    table_grad, bias_grad = _plus(table_grad, gradients.table_VD), _plus(bias_grad, gradients.bias_V)
+        ctx.gradients = (torch.cat(hidden_grads), table_grad, bias_grad) if is_trained else None
+        loss, correct = sums[0].clone(), sums[1].clone()
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, and given away
+        assert gradients is not None, "backward works once"
+        return *(gradient.mul_(grads[0]) for gradient in gradients), None, None, None
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
+def _part(
+    projection: Projection, labels: Tensor, weights: Tensor, is_trained: bool
+) -> tuple[Tensor, Projection | None]:
+    """The two sums over some rows, and the gradients of the first by all that is projected.
+
+    All that is as large as the logits is freed when it returns; three such tensors live at once.
+    """
+    logits_NV = projection.logits()
+    exact, rows = torch.promote_types(logits_NV.dtype, torch.float32), torch.arange(len(labels), device=labels.device)
+    probabilities_NV = torch.softmax(logits_NV, dim=-1, dtype=exact)
+    highest_N, predicted_N = logits_NV.max(dim=-1)
+    # log(sum(exp(logits))), by the one probability that cannot underflow
+    normalizers_N = highest_N.to(exact) - probabilities_NV[rows, predicted_N].log()
+    losses_N = normalizers_N - logits_NV[rows, labels].to(exact)
+    sums = torch.stack([weights @ losses_N.double(), weights @ (predicted_N == labels).double()])
+    if not is_trained:
+        return sums, None
+    del logits_NV
+    errors_NV = probabilities_NV  # of which it becomes the gradient of each loss by its logits
+    errors_NV[rows, labels] -= 1
+    hidden_ND, table_VD, _ = projection
+    low_NV, exact_weights = errors_NV.to(table_VD.dtype), weights.to(exact)
+    hidden_grad_ND = (low_NV @ table_VD).to(exact) * exact_weights[:, None]
+    table_grad_VD = low_NV.T @ (hidden_ND * weights[:, None].to(hidden_ND.dtype))
+    return sums, Projection(hidden_grad_ND, table_grad_VD.to(exact), exact_weights @ errors_NV)
