@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from raybert.softmax import cross_entropy
+
 PART_LOGITS = 1 << 25  # at most: 128 MiB in fp32, and still products that keep a GPU busy
 
 
@@ -94,21 +96,14 @@ def _part(
 
     All that is as large as the logits is freed when it returns; three such tensors live at once.
     """
-    logits_NV = projection.logits()
-    exact, rows = torch.promote_types(logits_NV.dtype, torch.float32), torch.arange(len(labels), device=labels.device)
-    probabilities_NV = torch.softmax(logits_NV, dim=-1, dtype=exact)
-    highest_N, predicted_N = logits_NV.max(dim=-1)
-    # log(sum(exp(logits))), by the one probability that cannot underflow
-    normalizers_N = highest_N.to(exact) - probabilities_NV[rows, predicted_N].log()
-    losses_N = normalizers_N - logits_NV[rows, labels].to(exact)
-    sums = torch.stack([weights @ losses_N.double(), weights @ (predicted_N == labels).double()])
+    hidden_ND, table_VD, _ = projection
+    losses_N, hits_N, errors_NV = cross_entropy(projection.logits(), labels)
+    sums = torch.stack([weights @ losses_N.double(), weights @ hits_N.double()])
     if not is_trained:
         return sums, None
-    del logits_NV
-    errors_NV = probabilities_NV  # of which it becomes the gradient of each loss by its logits
-    errors_NV[rows, labels] -= 1
-    hidden_ND, table_VD, _ = projection
+    exact = losses_N.dtype
     low_NV, exact_weights = errors_NV.to(table_VD.dtype), weights.to(exact)
     hidden_grad_ND = (low_NV @ table_VD).to(exact) * exact_weights[:, None]
     table_grad_VD = low_NV.T @ (hidden_ND * weights[:, None].to(hidden_ND.dtype))
-    return sums, Projection(hidden_grad_ND, table_grad_VD.to(exact), exact_weights @ errors_NV)
+    bias_grad_V = weights.to(errors_NV.dtype) @ errors_NV
+    return sums, Projection(hidden_grad_ND, table_grad_VD.to(exact), bias_grad_V.to(exact))
