@@ -39,9 +39,9 @@ def _anywhere(logits_NV: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
     exact, rows = torch.promote_types(logits_NV.dtype, torch.float32), torch.arange(len(labels), device=labels.device)
     probabilities_NV = torch.softmax(logits_NV, dim=-1, dtype=exact)
     highest_N, predicted_N = logits_NV.max(dim=-1)
-    # log(sum(exp(logits))), by the one probability that cannot underflow
-    normalizers_N = highest_N.to(exact) - probabilities_NV[rows, predicted_N].log()
-    losses_N = normalizers_N - logits_NV[rows, labels].to(exact)
+    # By the one probability that cannot underflow; the logits are subtracted first, which may be large.
+    differences_N = highest_N.to(exact) - logits_NV[rows, labels].to(exact)
+    losses_N = differences_N - probabilities_NV[rows, predicted_N].log()
     errors_NV = probabilities_NV
     errors_NV[rows, labels] -= 1
     return losses_N, predicted_N == labels, errors_NV
