@@ -29,9 +29,9 @@ def key_of(*numbers: int) -> np.uint64:
     return np.uint64(mixed(key)[0])
 
 
-def keys_of(key: np.uint64, numbers: npt.NDArray[Any]) -> Keys:
-    """A key for each of some numbers, such as the samples of an epoch."""
-    keys: Keys = mixed(mixed(np.array([key]) + STEP) ^ numbers.astype(np.uint64))
+def keys_of(key: np.uint64 | Keys, numbers: npt.NDArray[Any]) -> Keys:
+    """A key for each of some numbers, such as the samples of an epoch; of one key, or each number of its own."""
+    keys: Keys = mixed(mixed(np.atleast_1d(key) + STEP) ^ numbers.astype(np.uint64))
     return keys
 
 

@@ -119,8 +119,8 @@ def make_pairs(documents: Documents, recipe: Recipe, seed: int, copy: int) -> Pa
     )
     owners = owners[:count]
     places = np.arange(count) - np.searchsorted(owners, owners)  # of each pair among its document's
-    keys = keys_of(key_of(seed, copy, _MASKS), documents.numbers[owners] * np.int64(1 << 24) + places)
-    return Pairs(ranges[:count], is_random[:count], keys)
+    keys = keys_of(key_of(seed, copy, _MASKS), documents.numbers)
+    return Pairs(ranges[:count], is_random[:count], keys_of(keys[owners], places))
 
 
 def make_features(documents: Documents, pairs: Pairs, schema: Schema, masking: Masking, cls: int, sep: int) -> Arrays:

@@ -163,6 +163,7 @@ class Tokenizer:
     """Text to token ids; keeps the pieces of the words that it has met, up to MAX_WORDS_KEPT."""
 
     def __init__(self, vocabulary: Vocabulary, lowercase: bool) -> None:
+        self.vocabulary = vocabulary
         self._lowercase = lowercase
         self._model = WordPiece(vocabulary.ids, unk_token=UNK, max_input_chars_per_word=MAX_WORD_CHARS)
         self._forget()

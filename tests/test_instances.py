@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import DATA, MORE_DATA
-from test_wordpiece import VOCABULARY
+from helpers import DATA, MORE_DATA, VOCABULARY
 
 from raybert.example import Schema, decode
 from raybert.instances import Documents, Recipe, make_features, make_pairs

@@ -2,21 +2,17 @@
 
 import json
 import unicodedata
-from pathlib import Path
 
 import pytest
-from helpers import DATA, MORE_DATA
+from helpers import DATA, MORE_DATA, VOCAB_FILE, VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BasicTokenizer, WordpieceTokenizer
 
-import raybert
 from raybert.errors import UserError
 from raybert.wordpiece import MAX_WORDS_KEPT, SPECIAL_TOKENS, Tokenizer, read_vocabulary, split_words
 
-VOCAB_FILE = Path(raybert.__file__).parent / "sample" / "vocab.txt"
-VOCABULARY = read_vocabulary(str(VOCAB_FILE))
 GOOGLE = [json.loads(line) for line in (DATA / "wordpiece.jsonl").read_text().splitlines()]
 PIECES = WordpieceTokenizer(VOCABULARY.ids, "[UNK]", max_input_chars_per_word=200)
 
