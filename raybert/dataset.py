@@ -346,13 +346,9 @@ def begin(plan: Plan, vocabulary: Vocabulary) -> dict[str, Any] | None:
     if set(names) - {WORK}:
         shown = ", ".join(sorted(set(names) - {WORK})[:3])
         raise UserError(f"{plan.output} is not empty: it holds {shown}; give a new directory by --output.")
-    plan.work.write(VOCABULARY, _vocabulary_file(vocabulary))
+    plan.work.write(VOCABULARY, vocabulary.content)
     plan.work.write(PLAN, json.dumps(plan.identity).encode())
     return None
-
-
-def _vocabulary_file(vocabulary: Vocabulary) -> bytes:
-    return "".join(f"{token}\n" for token in vocabulary.tokens).encode()
 
 
 def _check_same(found: Any, plan: Plan, what: str) -> None:
@@ -419,7 +415,7 @@ def finish(plan: Plan, vocabulary: Vocabulary, dealt: Sequence[Dealt], shards: S
         ],
     }
     output = Directory(plan.output)
-    output.write(VOCABULARY, _vocabulary_file(vocabulary))
+    output.write(VOCABULARY, vocabulary.content)
     output.write(DATASET, (json.dumps(made, indent=1) + "\n").encode())
     plan.work.delete()
     return made

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from raybert.corpus import Reading
 from raybert.dataset import (
     DATASET,
     VOCABULARY,
@@ -32,6 +31,7 @@ from raybert.dataset import (
     tokenize_piece,
 )
 from raybert.errors import UserError
+from raybert.options import add_reading, boolean, reading_of
 from raybert.storage import Directory, absolute, find_files
 from raybert.wordpiece import Vocabulary, read_vocabulary
 
@@ -127,19 +127,17 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Make TFRecord shards of masked sentence pairs from text, as google-research/bert's "
         "create_pretraining_data.py does, on one machine or on the cluster of RAY_ADDRESS. Killed, the same command "
-        "goes on. Input: text files in Google's format (a sentence a line, a blank line between documents) or, by "
-        "--lines, of paragraphs; JSON lines (.jsonl) and Parquet with a text column, each row a document; all of them "
-        "plain, gzip or zlib.",
+        "goes on. Text files are in Google's format, a sentence a line and a blank line between documents, or, by "
+        "--lines, of paragraphs; of JSON lines and Parquet each row is a document.",
         epilog=f"{DATASET}, written last, says what was made. The vocabulary is copied beside it.",
     )
     add = parser.add_argument
-    add("--input", "--input_file", nargs="+", required=True, metavar="GLOB", help="local, s3:// or gs://; commas too")
+    add_reading(parser)
     add("--vocab", "--vocab_file", required=True, metavar="FILE", help="WordPiece vocabulary, a token a line")
     add("--output", required=True, metavar="DIR", help="a new directory; local, s3:// or gs://")
-    choices: dict[str, Sequence[str]] = {"lines": ("sentences", "paragraphs", "wrapped"), "parity": ("none", "google")}
-    for each in (*fields(Reading), *fields(Settings)):
-        if each.name in HELP:
-            _add_setting(add, each.name, each.default, choices.get(each.name))
+    for setting in fields(Settings):
+        if setting.name in HELP:
+            _add_setting(add, setting.name, setting.default)
     add("--gzip_compress", action="store_true", help="write .tfrecord.gz")
     add(
         "--workers",
@@ -152,10 +150,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 HELP = {
-    "lines": "what a line of text is: a sentence; a paragraph, whose sentences are found; or wrapped: paragraphs over "
-    "many lines, a blank line between them, each file a document; default: sentences, and in rows paragraphs",
-    "text_column": "of JSON lines and Parquet",
-    "language": "of the text, for finding sentences",
     "do_lower_case": "lower case without accents, for an uncased vocabulary",
     "max_seq_length": "tokens of a sample",
     "max_predictions_per_seq": "masked tokens of a sample, at most",
@@ -171,28 +165,20 @@ HELP = {
 }
 
 
-def _add_setting(add: Callable[..., Any], name: str, default: Any, choices: Sequence[str] | None) -> None:
+def _add_setting(add: Callable[..., Any], name: str, default: Any) -> None:
     text = HELP[name] + ("" if default is None else f"; default: {default}")
     if isinstance(default, bool):
-        add(f"--{name}", type=_boolean, nargs="?", const=True, default=default, metavar="BOOL", help=text)
-    elif choices:
-        add(f"--{name}", default=default, choices=choices, help=text)
+        add(f"--{name}", type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=text)
+    elif name == "parity":
+        add(f"--{name}", default=default, choices=("none", "google"), help=text)
     else:
         add(f"--{name}", type=type(default), default=default, metavar=type(default).__name__.upper(), help=text)
 
 
-def _boolean(text: str) -> bool:
-    values = {"true": True, "1": True, "false": False, "0": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"true or false is expected, got {text!r}")
-    return values[text.lower()]
-
-
 def _settings(options: argparse.Namespace) -> Settings:
     given = vars(options)
-    reading = Reading(**{each.name: given[each.name] for each in fields(Reading)})
     own = {each.name: given[each.name] for each in fields(Settings) if each.name in HELP}
-    return Settings(reading=reading, compression="gzip" if options.gzip_compress else "", **own)
+    return Settings(reading=reading_of(options), compression="gzip" if options.gzip_compress else "", **own)
 
 
 # --- What the user reads ----------------------------------------------------------------------------------------------

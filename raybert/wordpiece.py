@@ -56,9 +56,14 @@ class Vocabulary:
         return {token: number for number, token in enumerate(self.tokens)}
 
     @property
+    def content(self) -> bytes:
+        """The file: a token a line."""
+        return "".join(f"{token}\n" for token in self.tokens).encode()
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of the tokens, a line each."""
-        return hashlib.sha256("".join(f"{token}\n" for token in self.tokens).encode()).hexdigest()
+        """SHA-256 of the content."""
+        return hashlib.sha256(self.content).hexdigest()
 
     @cached_property
     def continues_word(self) -> Flags:
