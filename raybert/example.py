@@ -347,6 +347,21 @@ def _values(features: Mapping[str, Any], column: Column) -> npt.NDArray[np.gener
     return cast(npt.NDArray[np.generic], values.astype(column.dtype))
 
 
+def sizes_of(payload: bytes) -> tuple[int, int]:
+    """L and P of a sample, by its features.
+
+    Raises:
+        InvalidSampleError: it is no Example, or lacks them.
+    """
+    features = _features(payload)
+    names = [next((name for name in (wanted, ALIASES.get(wanted)) if name in features), None)
+             for wanted in ("input_ids", "masked_lm_positions")]  # fmt: skip
+    length, places = (len(features[name].int64_list.value) if name else 0 for name in names)
+    if not length or not places:
+        raise InvalidSampleError("no input_ids or no masked_lm_positions", "both")
+    return length, places
+
+
 def decode(buffer: Buffer, offsets: Ints, lengths: Ints, schema: Schema) -> tuple[Arrays, Flags]:
     """Decode records into fixed-width arrays, and check them.
 

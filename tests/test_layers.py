@@ -34,7 +34,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
     ("ledger",),
     ("begin", "example", "options"),
     ("census", "index", "instances", "vocab"),
-    ("deck",),
+    ("deck", "inspection"),
     ("dataset",),
     ("feed",),
     ("dropout", "loss", "optim", "stopwatch", "world"),
