@@ -76,6 +76,12 @@ def _main_of(module: str) -> Callable[[list[str]], int]:
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("Pretrain BERT, or continue the run found in run_dir.", train),
+    "prepare": ("Make TFRecord shards to train on from a folder of text.", _main_of("raybert.prepare")),
+    "vocab": ("Learn a WordPiece vocabulary from text.", _main_of("raybert.vocab")),
+    "inspect": (
+        "Say what is in TFRecord files of samples, and what would spoil training.",
+        _main_of("raybert.inspection"),
+    ),
     "verify": ("Prove from a run directory that every sample was trained on exactly once.", _main_of("raybert.verify")),
     "bench": ("Measure decoding, the feed, the training step, what Ray costs, or all.", _main_of("raybert.bench")),
     "notice": ("Beside a spot node: wait for the cloud's notice, and drain the node.", _main_of("raybert.agent")),

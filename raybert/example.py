@@ -9,6 +9,7 @@ Shape letters: N records of a buffer, L max_seq_length, P max_predictions_per_se
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -346,6 +347,21 @@ def _values(features: Mapping[str, Any], column: Column) -> npt.NDArray[np.gener
     return cast(npt.NDArray[np.generic], values.astype(column.dtype))
 
 
+def sizes_of(payload: bytes) -> tuple[int, int]:
+    """L and P of a sample, by its features.
+
+    Raises:
+        InvalidSampleError: it is no Example, or lacks them.
+    """
+    features = _features(payload)
+    names = [next((name for name in (wanted, ALIASES.get(wanted)) if name in features), None)
+             for wanted in ("input_ids", "masked_lm_positions")]  # fmt: skip
+    length, places = (len(features[name].int64_list.value) if name else 0 for name in names)
+    if not length or not places:
+        raise InvalidSampleError("no input_ids or no masked_lm_positions", "both")
+    return length, places
+
+
 def decode(buffer: Buffer, offsets: Ints, lengths: Ints, schema: Schema) -> tuple[Arrays, Flags]:
     """Decode records into fixed-width arrays, and check them.
 
@@ -432,3 +448,115 @@ def encode_example(sample: Mapping[str, npt.ArrayLike]) -> bytes:
         target = feature.float_list if array.dtype.kind == "f" else feature.int64_list
         target.value.extend(array.tolist())
     return cast(bytes, example.SerializeToString(deterministic=True))
+
+
+def encode(arrays: Arrays) -> Iterator[bytes]:
+    """Many samples as serialized tf.train.Examples, byte for byte those of `encode_example`.
+
+    Args:
+        arrays: google-research/bert's feature names to [N, ...] arrays, integers in [0, 2**31) and float32.
+    """
+    names = sorted(arrays)
+    matrices = [array.reshape(len(array), -1) for array in map(arrays.__getitem__, names)]
+    is_float = np.array([matrix.dtype.kind == "f" for matrix in matrices])
+    offsets = np.cumsum([0, *(matrix.shape[1] for matrix in matrices)])
+    values = np.concatenate([_as_words(matrix) for matrix in matrices], axis=1)
+    name_ends = np.cumsum([len(name) for name in names])
+    buffer, ends = _encode_records(values, offsets, is_float, view("".join(names).encode()), name_ends)
+    content = buffer.tobytes()
+    for start, end in itertools.pairwise([0, *ends.tolist()]):
+        yield content[start:end]
+
+
+def _as_words(matrix: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """Integers as they are, floats as their bit patterns."""
+    return matrix.view(np.int32) if matrix.dtype == np.float32 else matrix.astype(np.int32)
+
+
+@compiled
+def _encode_records(
+    values: npt.NDArray[np.int32], offsets: Ints, is_float: Flags, names: Bytes, name_ends: Ints
+) -> tuple[Bytes, Ints]:
+    """The records one behind the other, and where each one ends."""
+    num_records, num_values = values.shape
+    num_features = len(is_float)
+    # A varint has 5 bytes at most; a feature has 5 lengths and as many tags around its name and values.
+    buffer = np.empty(num_records * (5 * num_values + 30 * num_features + len(names) + 6), np.uint8)
+    ends, sizes = np.empty(num_records, np.int64), np.empty(num_features, np.int64)
+    at = 0
+    for i in range(num_records):
+        total = 0
+        for f in range(num_features):
+            sizes[f] = _values_size(values[i, offsets[f] : offsets[f + 1]], is_float[f])
+            total += _field_size(_entry_size(name_ends, f, sizes[f]))
+        at = _put_header(buffer, at, _FIELD_1, total)
+        for f in range(num_features):
+            name_start = name_ends[f - 1] if f else 0
+            at = _put_header(buffer, at, _FIELD_1, _entry_size(name_ends, f, sizes[f]))
+            at = _put_header(buffer, at, _FIELD_1, name_ends[f] - name_start)
+            for k in range(name_start, name_ends[f]):
+                buffer[at] = names[k]
+                at += 1
+            at = _put_header(buffer, at, _ENTRY_VALUE, _field_size(_field_size(sizes[f])))
+            at = _put_header(buffer, at, _FLOAT_LIST if is_float[f] else _INT64_LIST, _field_size(sizes[f]))
+            at = _put_header(buffer, at, _FIELD_1, sizes[f])
+            for k in range(offsets[f], offsets[f + 1]):
+                at = _put_fixed(buffer, at, values[i, k]) if is_float[f] else _put_varint(buffer, at, values[i, k])
+        ends[i] = at
+    return buffer[:at], ends
+
+
+@compiled
+def _values_size(values: npt.NDArray[np.int32], is_float: bool) -> int:
+    if is_float:
+        return 4 * len(values)
+    size = 0
+    for value in values:
+        size += _varint_size(value)
+    return size
+
+
+@compiled
+def _entry_size(name_ends: Ints, f: int, size: int) -> int:
+    """Bytes of a map entry: a feature's name, and its values, in a Feature that holds an Int64List or FloatList."""
+    name_size = name_ends[f] - name_ends[f - 1] if f else name_ends[f]
+    return _field_size(name_size) + _field_size(_field_size(_field_size(size)))
+
+
+@compiled
+def _field_size(size: int) -> int:
+    """Bytes of a field of so many bytes, with its tag and length."""
+    return 1 + _varint_size(size) + size
+
+
+@compiled
+def _varint_size(value: int) -> int:
+    size = 1
+    while value >= 128:
+        value >>= 7
+        size += 1
+    return size
+
+
+@compiled
+def _put_header(buffer: Bytes, at: int, tag: int, size: int) -> int:
+    buffer[at] = tag
+    return _put_varint(buffer, at + 1, size)
+
+
+@compiled
+def _put_varint(buffer: Bytes, at: int, value: int) -> int:
+    while value >= 128:
+        buffer[at] = value & 127 | 128
+        value >>= 7
+        at += 1
+    buffer[at] = value
+    return at + 1
+
+
+@compiled
+def _put_fixed(buffer: Bytes, at: int, value: int) -> int:
+    """Four bytes, little-endian."""
+    for k in range(4):
+        buffer[at + k] = value >> 8 * k & 255
+    return at + 4

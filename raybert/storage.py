@@ -28,6 +28,7 @@ _PACKAGE_PATH = Path(__file__).parent
 _GLOB = re.compile(r"[*?\[]")
 _SECRET = re.compile(r"[?&]\w*(key|secret|token|password)\w*=", re.IGNORECASE)  # an option that is one
 _QUERY = re.compile(r"\?\w+=[^?*]*$")  # ends a URI: options such as endpoint_override; any other ? is a glob's
+_LEFTOVER = re.compile(r"\.(probe-|.+\.)[0-9a-f]{32}")  # what this module names files that are not to stay
 CHUNK_BYTES = 16 << 20
 SILENCE_S, NUM_TRIES = 10.0, 3  # a request without a byte for so long is tried again, so often; then it is an error
 
@@ -290,6 +291,12 @@ class Directory:
         """Delete the directory and all it holds; nothing happens if it does not exist."""
         if self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
             self.filesystem.delete_dir(self.path)
+
+    def remove_leftovers(self) -> None:
+        """Delete what killed processes were writing here; nobody may be writing now."""
+        for name in self.names():
+            if _LEFTOVER.fullmatch(name):
+                self.remove(name)
 
     def check_writable(self, option: str) -> None:
         """Write, read back and delete a probe.

@@ -209,10 +209,15 @@ def frame(payload: bytes) -> bytes:
 
 def write_tfrecord(path: str | Path, payloads: Iterable[bytes], compression: Compression = "") -> None:
     """Write a local TFRecord file; the same payloads give the same bytes."""
-    engine = compressor(compression) if compression else None
     with Path(path).open("wb") as file:
-        for payload in payloads:
-            record = frame(payload)
-            file.write(engine.compress(record) if engine else record)
-        if engine:
-            file.write(engine.flush())
+        file.writelines(framed(payloads, compression))
+
+
+def framed(payloads: Iterable[bytes], compression: Compression = "") -> Iterator[bytes]:
+    """The content of a TFRecord file, piece by piece; the same payloads give the same bytes."""
+    engine = compressor(compression) if compression else None
+    for payload in payloads:
+        record = frame(payload)
+        yield engine.compress(record) if engine else record
+    if engine:
+        yield engine.flush()

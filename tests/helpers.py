@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+import raybert
 from raybert.config import (
     CheckpointConfig,
     ClusterConfig,
@@ -21,10 +22,13 @@ from raybert.plan import plan
 from raybert.step import train_step
 from raybert.storage import Directory, find_files
 from raybert.tfrecord import write_tfrecord
+from raybert.wordpiece import read_vocabulary
 
 DATA = Path(__file__).parent / "data"
 MORE_DATA = Path(__file__).parents[2] / "shared" / "data"  # a larger collection beside the repository, if there is one
 SAMPLE_FILE = DATA / "tf_examples.tfrecord"
+VOCAB_FILE = Path(raybert.__file__).parent / "sample" / "vocab.txt"
+VOCABULARY = read_vocabulary(str(VOCAB_FILE))
 SAMPLE_SCHEMA = Schema(max_seq_length=128, max_predictions_per_seq=20, vocab_size=30522, type_vocab_size=2)
 TINY_SCHEMA = Schema(max_seq_length=16, max_predictions_per_seq=4, vocab_size=97, type_vocab_size=2)
 TINY_SHARDS = (300, 7, 521)  # samples; pages hold 256

@@ -27,8 +27,8 @@ from records import (
 from tfrecord import example_pb2
 from tfrecord.writer import TFRecordWriter
 
-from raybert.example import ALIASES, InvalidSampleError, Schema, decode, encode_example, parse_example
-from raybert.tfrecord import frame, write_tfrecord
+from raybert.example import ALIASES, InvalidSampleError, Schema, decode, encode, encode_example, parse_example
+from raybert.tfrecord import find_records, frame, framed, write_tfrecord
 
 
 def read_payload(payload, schema=TINY):
@@ -270,3 +270,26 @@ assert is_good.all()
 assert not {{"torch", "tfrecord", "ray"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([127, 128, 16383, 16384, 30522, 2**31 - 1]), st.integers(1, 40))
+def test_many_samples_are_encoded_as_each_alone(seed, largest, length):
+    """Byte for byte, at the limits of a varint's bytes too."""
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "input_ids": rng.integers(0, largest, (5, length), endpoint=True),
+        "masked_lm_weights": rng.random((5, length), np.float32),
+        "next_sentence_labels": rng.integers(0, 2, 5).astype(np.uint8),
+        "b": np.full((5, 1), largest, np.int32),
+    }
+    expected = [encode_example({name: values[i] for name, values in arrays.items()}) for i in range(5)]
+    assert list(encode(arrays)) == expected
+
+
+def test_samples_are_decoded_as_they_were_encoded(sample_index):
+    features = sample_index.read(np.arange(118))
+    content = b"".join(framed(encode(features)))
+    records = find_records(content)
+    decoded, is_good = decode(records.buffer, records.offsets, records.lengths, SCHEMA)
+    assert is_good.all()
+    assert all((decoded[name] == values).all() for name, values in features.items())

@@ -248,3 +248,13 @@ def test_index_and_samples_are_read_from_s3(bucket, tmp_path, compression):
     for name, values in remote.read(samples).items():
         assert (values == plain.read(samples)[name]).all()
     assert build_index((directory / "*").uri, TINY_SCHEMA, (directory / "index").uri).digest == plain.digest
+
+
+def test_leftovers_of_killed_processes_are_told_from_the_users_files(tmp_path):
+    hexadecimal = "0123456789abcdef" * 2
+    leftovers = [f".probe-{hexadecimal}", f"..probe-{hexadecimal}.{hexadecimal}", f".a.json.{hexadecimal}"]
+    kept = [".hidden", f"{hexadecimal}", f".{hexadecimal}", "a.json", ".a.json.0123"]
+    for name in leftovers + kept:
+        (tmp_path / name).touch()
+    Directory(str(tmp_path)).remove_leftovers()
+    assert Directory(str(tmp_path)).names() == sorted(kept)
