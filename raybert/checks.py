@@ -12,6 +12,7 @@ from raybert.errors import UserError
 SMALLEST = {
     "data.max_seq_length": 1,
     "data.max_predictions_per_seq": 1,
+    "data.max_ngram_size": 1,
     "data.window_size": 1,
     "training.num_steps": 1,
     "training.global_batch_size": 1,
@@ -61,6 +62,7 @@ def check_config(config: Config) -> None:
         )
     _check_lengths(config)
     _check_float8(config)
+    _check_masking(config)
     _check_workers(config)
 
 
@@ -116,6 +118,24 @@ def _check_float8(config: Config) -> None:
                 f"training.float8 needs multiples of 16, got model.{name}={size}; change it, or set training.float8 to "
                 "false."
             )
+
+
+def _check_masking(config: Config) -> None:
+    data = config.data
+    if data.masking == "dynamic" and data.vocab_file is None:
+        raise UserError(
+            "data.masking=dynamic needs data.vocab_file, which says what [MASK] is and which tokens are words; name "
+            "the vocabulary of the files, or set data.masking to static."
+        )
+    if not 0 < data.masked_lm_prob < 1:
+        raise UserError(
+            f"data.masked_lm_prob must be above 0 and below 1, got data.masked_lm_prob={data.masked_lm_prob}; as 0.15."
+        )
+    if data.max_ngram_size > 1 and not data.do_whole_word_mask:
+        raise UserError(
+            f"data.max_ngram_size={data.max_ngram_size} masks runs of whole words, and data.do_whole_word_mask is "
+            "false; set it to true, or data.max_ngram_size to 1."
+        )
 
 
 def _check_workers(config: Config) -> None:

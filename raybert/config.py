@@ -18,6 +18,14 @@ class DataConfig:
     """Tokens in each sample; must equal the files'."""
     max_predictions_per_seq: int = 20
     """Masked positions in each sample; must equal the files'."""
+    masking: Literal["static", "dynamic"] = "static"
+    """static: the tokens that the files mask. dynamic: each epoch masks others, of which data.vocab_file knows."""
+    masked_lm_prob: float = 0.15
+    """Dynamic masking: share of a sample's tokens that is to be predicted."""
+    do_whole_word_mask: bool = False
+    """Dynamic masking: mask whole words."""
+    max_ngram_size: int = 1
+    """Dynamic masking: mask runs of up to so many whole words."""
     on_bad_record: Literal["error", "skip"] = "error"
     """What to do with damaged records: refuse to train, or leave them out, counted and listed in the run directory."""
     window_size: int = 32768

@@ -24,11 +24,11 @@ from raybert.deck import Deal, Dealt, deal_piece, read_marker, read_parts
 from raybert.errors import UserError
 from raybert.example import Schema, encode
 from raybert.instances import MIN_SEQ_LENGTH, Documents, Pairs, Recipe, make_features, make_pairs
-from raybert.masking import Masking
+from raybert.masking import Masking, make_masking
 from raybert.retry import outlast_blip
 from raybert.storage import Directory, File
 from raybert.tfrecord import framed
-from raybert.wordpiece import CLS, MASK, SEP, Tokenizer, Vocabulary, read_vocabulary
+from raybert.wordpiece import CLS, SEP, Tokenizer, Vocabulary, read_vocabulary
 
 DATASET, VOCABULARY, WORK, PLAN = "dataset.json", "vocab.txt", ".prepare", "plan.json"
 FORMAT_VERSION = 1
@@ -306,16 +306,13 @@ def schema_of(settings: Settings, vocabulary: Vocabulary) -> Schema:
 
 
 def masking_of(settings: Settings, vocabulary: Vocabulary) -> Masking:
-    """Random tokens stand for text, unless it is to be as in Google's script: there they are any of the vocabulary."""
-    ids = np.arange(len(vocabulary.tokens))
-    return Masking(
-        probability=settings.masked_lm_prob,
-        max_predictions_per_seq=settings.max_predictions_per_seq,
-        max_ngram=settings.max_ngram_size,
-        mask_id=vocabulary.ids[MASK],
-        is_kept=np.isin(ids, [vocabulary.ids[CLS], vocabulary.ids[SEP]]),
-        continues_word=vocabulary.continues_word & settings.do_whole_word_mask,
-        replacements=ids if settings.parity == "google" else ids[~vocabulary.is_special],
+    return make_masking(
+        vocabulary,
+        settings.masked_lm_prob,
+        settings.max_predictions_per_seq,
+        settings.do_whole_word_mask,
+        settings.max_ngram_size,
+        any_token=settings.parity == "google",
     )
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from raybert.deal import deal
 from raybert.history import checksum
 from raybert.index import Index
+from raybert.masking import Remasking
 from raybert.order import SampleOrder, Samples, rank_slice
 
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -60,12 +61,14 @@ class Layout:
         order: the sample order.
         world_size: number of ranks.
         start_step, num_steps: the steps that are still to be trained are [start_step, num_steps).
+        remasking: masks the samples anew each epoch; None: they stay as they are.
     """
 
     order: SampleOrder
     world_size: int
     start_step: int
     num_steps: int
+    remasking: Remasking | None = None
 
     @property
     def slice_rows(self) -> int:
@@ -104,13 +107,15 @@ def window_blocks(window: int, layout: Layout, index: Index) -> Iterator[pa.Tabl
     batch_size, first_step = order.global_batch_size, window * order.window_steps
     start, stop = (groups[0] - first_step) * batch_size, (groups[-1] + k - first_step) * batch_size
     samples = order.window(window)[start:stop]
-    features = index.read(samples)
+    features, positions = index.read(samples), np.arange(len(samples)) + groups[0] * batch_size
+    if layout.remasking is not None:
+        features = layout.remasking.apply(features, samples, positions // order.num_samples)
     dealt = deal(features["input_mask"].sum(axis=1, dtype=np.int64).reshape(-1, batch_size), layout.world_size)
     dealt += np.arange(len(dealt))[:, None] * batch_size
     weights = features["masked_lm_weights"].reshape(-1, batch_size * features["masked_lm_weights"].shape[1])
     columns: Arrays = {
         **features,
-        POSITION: np.arange(len(samples)) + groups[0] * batch_size,
+        POSITION: positions,
         SAMPLE: samples,
         STEP_WEIGHT: np.repeat(weights.sum(axis=1, dtype=np.float64), batch_size),
     }

@@ -18,6 +18,7 @@ from ray.train import DataConfig
 from raybert.feed import MAX_TASKS, Layout, window_blocks
 from raybert.history import Attempt
 from raybert.index import Index
+from raybert.masking import Remasking
 from raybert.order import SampleOrder
 
 TRAIN = "train"
@@ -93,16 +94,23 @@ class AttemptConfig(DataConfig):
     """
 
     def __init__(
-        self, order: SampleOrder, index: ray.ObjectRef[Index], num_steps: int, begin: Callable[[int], Attempt]
+        self,
+        order: SampleOrder,
+        index: ray.ObjectRef[Index],
+        num_steps: int,
+        begin: Callable[[int], Attempt],
+        remasking: Remasking | None = None,
     ) -> None:
         """Args:
         order: of the run.
         index: of the training files, in the object store.
         num_steps: of the run.
         begin: records a new attempt for a world size and says where it starts.
+        remasking: of the training samples.
         """
         super().__init__()
         self._order, self._index, self._num_steps, self._begin = order, index, num_steps, begin
+        self._remasking = remasking
 
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *_: object, **__: object
@@ -110,7 +118,7 @@ class AttemptConfig(DataConfig):
         """A new attempt, and its iterators by rank."""
         quiet_data()
         attempt = self._begin(world_size)
-        layout = Layout(self._order, world_size, attempt.start_step, self._num_steps)
+        layout = Layout(self._order, world_size, attempt.start_step, self._num_steps, self._remasking)
         iterators = split(layout, self._index)
         for iterator in iterators:
             iterator.attempt = attempt  # type: ignore[attr-defined]

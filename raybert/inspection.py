@@ -380,7 +380,7 @@ def _write_plot(uri: str, census: Census) -> None:
     parts = (("tokens of a sample", census.lengths), ("masked places of a sample", census.predictions))
     for axes, (title, counts) in zip(figure.subplots(1, 2), parts, strict=True):
         axes.bar(np.arange(len(counts)), counts, width=1)
-        axes.set(xlabel=title, ylabel="samples", xlim=(-0.5, len(counts) - 0.5))
+        axes.set(xlabel=title, ylabel="samples", xlim=(-0.5, len(counts) - 0.5), yscale="log")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     folder, _, name = absolute(uri).rpartition("/")

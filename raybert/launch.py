@@ -144,7 +144,8 @@ def _train(
         ledger.show(event)
         display.show(event)
 
-    job = Job(config, run_dir, preflight.sample_order(config, index), index, evaluation, identity, tell)
+    order, remasking = preflight.sample_order(config, index), preflight.remasking(config)
+    job = Job(config, run_dir, order, index, evaluation, identity, tell, remasking=remasking)
     with ledger:
         if config.cluster.worker_range()[1] == 0:
             _fit_here(job)
@@ -355,7 +356,7 @@ def _trainer(job: Job, local: Path, post: Post, warn: Callable[[str], None]) -> 
         run_config=run,
         datasets={ingest.TRAIN: ingest.placeholder()},
         dataset_config=ingest.AttemptConfig(
-            job.order, index, config.training.num_steps, Begin(job.run, post, job.peers)
+            job.order, index, config.training.num_steps, Begin(job.run, post, job.peers), job.remasking
         ),
     )
 

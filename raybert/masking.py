@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from raybert.chance import Keys, Stream, below, key_of, keys_of, uniform
 from raybert.jit import Flags, Ints, as_int, compiled
+from raybert.wordpiece import CLS, MASK, SEP, Vocabulary
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 Matrix = npt.NDArray[Any]
@@ -87,22 +88,61 @@ def mask(tokens: Matrix, lengths: Ints, keys: Keys, masking: Masking) -> Arrays:
     }
 
 
-def remask(features: Arrays, samples: Ints, seed: int, epoch: int, masking: Masking) -> Arrays:
-    """The same samples with other tokens masked: those of this epoch (dynamic masking; Liu et al. 2019, 4.1).
+def make_masking(
+    vocabulary: Vocabulary,
+    probability: float,
+    max_predictions_per_seq: int,
+    whole_words: bool = False,
+    max_ngram: int = 1,
+    any_token: bool = False,
+) -> Masking:
+    """The masking for a vocabulary.
 
     Args:
-        features: google-research/bert's names to [N, ...] arrays, masked in any way.
-        samples: [N] their numbers; with seed and epoch they decide alone what is masked.
-        seed, epoch: of the run.
-        masking: how; its P must be the features'.
-
-    Returns:
-        All features, in the types in which they came.
+        vocabulary: of the samples.
+        probability, max_predictions_per_seq, max_ngram: see `Masking`.
+        whole_words: mask whole words.
+        any_token: tokens are replaced by any of the vocabulary, as in Google's script; false: by those that stand for
+            text, so never by [PAD], [SEP] or [unused0].
     """
-    tokens = unmasked(features)
-    lengths = features["input_mask"].sum(axis=1, dtype=np.int64)
-    made = mask(tokens, lengths, keys_of(key_of(seed, epoch), samples), masking)
-    return {name: made[name].astype(values.dtype) if name in made else values for name, values in features.items()}
+    ids = np.arange(len(vocabulary.tokens))
+    return Masking(
+        probability=probability,
+        max_predictions_per_seq=max_predictions_per_seq,
+        max_ngram=max_ngram,
+        mask_id=vocabulary.ids[MASK],
+        is_kept=np.isin(ids, [vocabulary.ids[CLS], vocabulary.ids[SEP]]),
+        continues_word=vocabulary.continues_word & whole_words,
+        replacements=ids if any_token else ids[~vocabulary.is_special],
+    )
+
+
+@dataclass(frozen=True)
+class Remasking:
+    """Dynamic masking: each epoch masks other tokens (Liu et al. 2019, section 4.1).
+
+    Args:
+        seed: with epoch and number of a sample it decides alone what is masked.
+        masking: how; its P must be that of the samples.
+    """
+
+    seed: int
+    masking: Masking
+
+    def apply(self, features: Arrays, samples: Ints, epochs: Ints) -> Arrays:
+        """The same samples with the tokens masked that their epochs mask.
+
+        Args:
+            features: google-research/bert's names to [N, ...] arrays, masked in any way.
+            samples, epochs: [N] numbers.
+
+        Returns:
+            All features, in the types in which they came.
+        """
+        lengths = features["input_mask"].sum(axis=1, dtype=np.int64)
+        keys = keys_of(keys_of(key_of(self.seed), epochs), samples)
+        made = mask(unmasked(features), lengths, keys, self.masking)
+        return {name: made[name].astype(values.dtype) if name in made else values for name, values in features.items()}
 
 
 def unmasked(features: Arrays) -> Matrix:

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from raybert import wordpiece
 from raybert.checks import check_config
-from raybert.config import Config
+from raybert.config import Config, DataConfig
 from raybert.errors import UserError
 from raybert.example import Schema
 from raybert.feed import MIN_BLOCK_ROWS
 from raybert.index import Index
 from raybert.manifest import Checkpoint, newest_checkpoint
+from raybert.masking import Remasking, make_masking
 from raybert.model import BertForPreTraining, check_model_config
 from raybert.optim import check_optimizer_config
 from raybert.order import SampleOrder, steps_per_window
@@ -170,7 +172,35 @@ def identity(config: Config) -> dict[str, Any]:
         "data.max_seq_length": config.data.max_seq_length,
         "data.max_predictions_per_seq": config.data.max_predictions_per_seq,
         "data.window_size": config.data.window_size,
+        **_masking_identity(config.data),
     }
+
+
+def _masking_identity(data: DataConfig) -> dict[str, Any]:
+    """What decides which tokens are masked, beyond the files."""
+    if data.masking == "static":
+        return {"data.masking": data.masking}
+    assert data.vocab_file is not None
+    names = ("masking", "masked_lm_prob", "do_whole_word_mask", "max_ngram_size")
+    settings = {f"data.{name}": getattr(data, name) for name in names}
+    return {**settings, "vocabulary": wordpiece.read_vocabulary(data.vocab_file).digest}
+
+
+def remasking(config: Config) -> Remasking | None:
+    """Dynamic masking as the configuration has it; None where samples stay as they are.
+
+    Raises:
+        UserError: the vocabulary cannot be read.
+    """
+    data = config.data
+    if data.masking == "static":
+        return None
+    assert data.vocab_file is not None
+    vocabulary = wordpiece.read_vocabulary(data.vocab_file)
+    masking = make_masking(
+        vocabulary, data.masked_lm_prob, data.max_predictions_per_seq, data.do_whole_word_mask, data.max_ngram_size
+    )
+    return Remasking(config.training.seed, masking)
 
 
 def existing_run(run: Directory, config: Config, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -191,7 +221,7 @@ def check_identity(checkpoint: Checkpoint, ours: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming each setting that differs, with both values.
     """
-    theirs = checkpoint.state["identity"]
+    theirs = {"data.masking": "static", **checkpoint.state["identity"]}  # older runs do not say it
     differing = [
         f"  {name}: {theirs.get(name)!r} there, {value!r} now"
         for name, value in ours.items()

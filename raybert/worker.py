@@ -36,6 +36,7 @@ from raybert.hold import HOLD, HOLD_S
 from raybert.index import Index
 from raybert.loop import train
 from raybert.manifest import open_checkpoint, place
+from raybert.masking import Remasking
 from raybert.order import SampleOrder
 from raybert.peers import Sender, resume, sender
 from raybert.pretrained import load_pretrained
@@ -64,6 +65,7 @@ class Job:
         identity: what a resumed run must agree on.
         tell: takes events to the driver.
         peers: handle of the `Peers` that find snapshots; None without them.
+        remasking: of the training samples; None: they are masked as they are in the files.
     """
 
     config: Config
@@ -74,6 +76,7 @@ class Job:
     identity: Mapping[str, Any]
     tell: Tell
     peers: Any = None
+    remasking: Remasking | None = None
 
 
 def train_worker(job: Job) -> None:
@@ -150,7 +153,11 @@ def _join(job: Job) -> tuple[World, Attempt, Iterator[RankBatch]]:
     device = get_device() if job.config.cluster.use_gpu else CPU
     if job.config.cluster.worker_range()[1] == 0:
         world, attempt = World(device=device), Begin(job.run, job.tell)(1)
-        return world, attempt, local_batches(Layout(job.order, 1, attempt.start_step, num_steps), job.index)
+        return (
+            world,
+            attempt,
+            local_batches(Layout(job.order, 1, attempt.start_step, num_steps, job.remasking), job.index),
+        )
     world = World.current(device, job.config.cluster.collective_timeout_s)
     iterator = ray.train.get_dataset_shard(ingest.TRAIN)
     attempt = iterator.attempt

@@ -384,6 +384,16 @@ def test_model_garden_refusal_names_the_flag(argv: list[str], message: str) -> N
         (Config(cluster=ClusterConfig(start_timeout_s=float("inf"))), "cluster.start_timeout_s=inf"),
         (Config(cluster=ClusterConfig(price_per_worker_hour=-1.0)), "cluster.price_per_worker_hour must be 0 or more"),
         (
+            Config(data=DataConfig(input_files="x", masking="dynamic")),
+            "data.masking=dynamic needs data.vocab_file; [MASK]; static",
+        ),
+        (Config(data=DataConfig(input_files="x", masked_lm_prob=15.0)), "masked_lm_prob=15.0; as 0.15"),
+        (
+            Config(data=DataConfig(input_files="x", max_ngram_size=3)),
+            "data.max_ngram_size=3; data.do_whole_word_mask is false; to 1",
+        ),
+        (Config(data=DataConfig(input_files="x", max_ngram_size=0)), "data.max_ngram_size=0"),
+        (
             Config(data=DataConfig(input_files="x", max_seq_length=8)),
             "max_predictions_per_seq=20; max_seq_length=8; set both",
         ),
@@ -467,7 +477,7 @@ def test_train_help_shows_every_field_with_its_docstring() -> None:
         (["train", "--training.num_steps", "abc"], "command line: training.num_steps must be int, got 'abc'."),
         (["train"], "data.input_files must not be empty"),
         (["trian"], "command line: unknown command 'trian'; did you mean train?"),
-        (["--train_batch_size=3"], "unknown command '--train_batch_size=3'; begin with one of train, verify, bench"),
+        (["--train_batch_size=3"], "unknown command '--train_batch_size=3'; begin with one of train, prepare"),
     ],
 )
 def test_user_error_is_one_message_and_exit_code_1(argv: list[str], message: str) -> None:

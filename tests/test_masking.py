@@ -1,12 +1,17 @@
 """Masked LM: how many tokens are chosen, which ones, and what stands in their place."""
 
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import tiny_config
 
 from raybert.chance import key_of, keys_of
-from raybert.masking import Masking, mask, remask, unmasked
+from raybert.feed import Layout, local_batches
+from raybert.masking import Masking, Remasking, mask, unmasked
+from raybert.order import SampleOrder
+from raybert.preflight import identity
 
 V, CLS, SEP, MASK = 1000, 1, 2, 3
 PIECES_FROM = 700  # tokens from here on continue a word
@@ -161,6 +166,10 @@ def features(seed=3):
     return tokens, {**made, "input_mask": mask_of_inputs, "next_sentence_labels": np.zeros(300, np.uint8)}
 
 
+def remask(features, samples, seed, epochs, masking):
+    return Remasking(seed, masking).apply(features, samples, np.broadcast_to(epochs, samples.shape))
+
+
 def test_dynamic_masking_is_a_function_of_seed_epoch_and_sample():
     """Whatever batch a sample comes in, and however it was masked before."""
     tokens, before = features()
@@ -198,3 +207,73 @@ def test_dynamic_masking_covers_every_token_over_the_epochs():
         seen[rows, made["masked_lm_positions"][rows, places]] = True
     tokens = unmasked(before)
     assert seen[tokens > SEP].mean() > 0.99
+
+
+# --- In the feed ------------------------------------------------------------------------------------------------------
+
+
+def global_batches(index, world_size, start_step, stop_step, window_steps=4):
+    """Each step's positions, samples and features, of all ranks together in the order of their positions."""
+    order = SampleOrder(index.page_sizes, 11, 32, window_steps)
+    remasking = Remasking(11, small_masking(index))
+    layout = Layout(order, world_size, start_step, stop_step, remasking)
+    for batches in zip(*(local_batches(layout, index, rank) for rank in range(world_size)), strict=True):
+        positions = np.concatenate([batch.positions for batch in batches])
+        rows = np.argsort(positions)
+        features = {
+            name: np.concatenate([batch.features[name] for batch in batches])[rows] for name in batches[0].features
+        }
+        weight = features["masked_lm_weights"].sum()
+        assert [batch.global_weight for batch in batches] == [weight] * world_size
+        yield positions[rows], np.concatenate([batch.samples for batch in batches])[rows], features
+
+
+def small_masking(index):
+    """For samples of any tokens: 97 of them, none is kept from being masked."""
+    size = index.schema.vocab_size
+    return Masking(
+        0.15, index.schema.max_predictions_per_seq, 1, 4, np.zeros(size, bool), np.zeros(size, bool), np.arange(5, size)
+    )
+
+
+NUM_STEPS = 60  # of 32 samples: 828 samples are two epochs, and a part of the third
+
+
+def test_a_run_masks_the_same_at_any_world_size_and_from_any_step(index):
+    whole = list(global_batches(index, 1, 0, NUM_STEPS))
+    for world_size, start in ((3, 0), (2, 17), (5, 26), (1, 51)):
+        part = list(global_batches(index, world_size, start, NUM_STEPS))
+        for (positions, samples, features), (_, expected_samples, expected) in zip(part, whole[start:], strict=True):
+            assert (samples == expected_samples).all() and positions[0] == 32 * start
+            assert all((features[name] == values).all() for name, values in expected.items())
+            start += 1
+
+
+def test_every_epoch_of_a_run_masks_anew_what_the_files_hold(index):
+    """The same tokens each time; other ones are masked, in the epoch that a position is in."""
+    seen = {}
+    for positions, samples, features in global_batches(index, 1, 0, NUM_STEPS):
+        tokens = unmasked(features)
+        for i, sample in enumerate(samples.tolist()):
+            epoch = positions[i] // index.num_samples
+            seen.setdefault(sample, {})[int(epoch)] = tokens[i].tolist(), features["masked_lm_positions"][i].tolist()
+    stored = unmasked(index.read(np.arange(index.num_samples)))
+    both = [epochs for epochs in seen.values() if len(epochs) > 1]
+    assert len(both) == index.num_samples
+    assert all(tokens == stored[sample].tolist() for sample, epochs in seen.items() for tokens, _ in epochs.values())
+    assert sum(epochs[0][1] != epochs[1][1] for epochs in both) > 0.7 * len(both)
+
+
+def test_settings_and_vocabulary_decide_whether_a_run_may_go_on(tmp_path):
+    """With dynamic masking alone: masks that the files hold are the same whatever is set."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    for name, tokens in {"one": words, "other": [*words[:5], "b", "a"]}.items():
+        (tmp_path / name).write_text("\n".join(tokens))
+
+    def identity_of(vocabulary, masking, probability):
+        settings = {"masking": masking, "vocab_file": str(tmp_path / vocabulary), "masked_lm_prob": probability}
+        return identity(tiny_config(tmp_path, "", **{f"data.{name}": value for name, value in settings.items()}))
+
+    assert identity_of("one", "static", 0.15) == identity_of("other", "static", 0.2)
+    dynamic = [identity_of(name, "dynamic", probability) for name in ("one", "other") for probability in (0.15, 0.2)]
+    assert len({json.dumps(each, sort_keys=True) for each in dynamic}) == len(dynamic)

@@ -15,7 +15,9 @@ import pytest
 from helpers import DATA, VOCAB_FILE, VOCABULARY, build_index
 from nodes import end_all
 from outages import faulty_store, small_disk
+from runs import last_weights
 from tfrecord.reader import tfrecord_loader
+from transformers import BertForPreTraining, BertTokenizer
 
 from raybert import cli, retry
 from raybert.dataset import DATASET, MIN_DOCUMENTS, WORK, Settings, make_plan, shard_tasks, tokenize_piece
@@ -398,3 +400,37 @@ def test_odd_text_is_warned_of(tmp_path, capsys):
     output = capsys.readouterr().out
     assert re.search(r"WARNING: \d+\.\d% of the tokens are \[UNK\]", output)
     assert "WARNING: a sentence has 450 tokens on average, of 128 in a sample" in output
+
+
+# --- And then ---------------------------------------------------------------------------------------------------------
+
+
+def train(tmp_path, run, *more):
+    """The third of three commands, on what the first two have made; its exit code."""
+    data = ["--data.input_files", str(tmp_path / "out" / "samples-*"), "--data.vocab_file", str(tmp_path / "vocab.txt")]
+    data += ["--data.max_seq_length=64", "--data.max_predictions_per_seq=10", "--model.vocab_size=1500"]
+    model = [f"--model.{name}" for name in ("hidden_size=32", "num_hidden_layers=2", "num_attention_heads=2")]
+    steps = ["--training.num_steps=6", "--training.global_batch_size=16", "--cluster.num_workers=0"]
+    return cli.main(
+        ["train", f"--run_dir={tmp_path / run}", *data, *model, "--model.intermediate_size=64", *steps, *more]
+    )
+
+
+def test_from_a_text_to_a_checkpoint_in_three_commands(tmp_path, capsys):
+    """Tokenizer and weights open with transformers; masks of a run may be dynamic, and are then part of what it is."""
+    vocab = tmp_path / "vocab.txt"
+    assert cli.main(["vocab", "--input", str(TEXT), "--output", str(vocab), "--size", "1500"]) == 0
+    words = ["--input", str(TEXT), "--vocab", str(vocab), "--output", str(tmp_path / "out"), "--dupe_factor", "2"]
+    assert cli.main(["prepare", *words, "--max_seq_length", "64", "--max_predictions_per_seq", "10"]) == 0
+    for masking in ("static", "dynamic"):
+        assert train(tmp_path, masking, f"--data.masking={masking}") == 0
+        assert cli.main(["verify", str(tmp_path / masking)]) == 0
+    assert (last_weights(tmp_path / "static") != last_weights(tmp_path / "dynamic")).any()
+    capsys.readouterr()
+    assert train(tmp_path, "dynamic", "--data.masking=static") == 1
+    assert "data.masking: 'dynamic' there, 'static' now" in capsys.readouterr().err
+    (checkpoint,) = (tmp_path / "dynamic" / "checkpoints").iterdir()
+    tokenizer = BertTokenizer.from_pretrained(checkpoint)
+    model = BertForPreTraining.from_pretrained(checkpoint)
+    tokens = tokenizer(["In the beginning [MASK] created the heaven."], return_tensors="pt")
+    assert model(**tokens).prediction_logits.shape == (1, tokens["input_ids"].shape[1], 1500)
