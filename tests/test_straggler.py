@@ -103,7 +103,7 @@ def looped(world, index, slow, late):
     def batches():
         for batch in local_batches(Layout(order, world.size, 0, NUM_STEPS), index, world.rank):
             if world.rank == late and batch.step < UNTIL:
-                time.sleep(STEP_S + LATE_S)  # while the step before is computed
+                time.sleep(STEP_S + 2 * LATE_S)  # while the step before is computed, of which one may be slow
             yield batch
 
     loop.train_step = step
