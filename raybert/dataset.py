@@ -31,6 +31,7 @@ from raybert.tfrecord import framed
 from raybert.wordpiece import CLS, SEP, Tokenizer, Vocabulary, read_vocabulary
 
 DATASET, VOCABULARY, WORK, PLAN = "dataset.json", "vocab.txt", ".prepare", "plan.json"
+SHARD = "samples-"  # begins the name of a shard
 FORMAT_VERSION = 1
 MIN_DOCUMENTS = 16  # of a part, where the corpus has so many: random nexts come from among them
 BATCH = 1024  # samples that are laid out at a time
@@ -180,7 +181,7 @@ class ShardTask:
 
     def name(self, compression: Compression) -> str:
         ending = ".tfrecord.gz" if compression == "gzip" else ".tfrecord"
-        return f"samples-{self.number:05d}-of-{self.num_shards:05d}{ending}"
+        return f"{SHARD}{self.number:05d}-of-{self.num_shards:05d}{ending}"
 
 
 @dataclass(frozen=True)
@@ -343,6 +344,7 @@ def begin(plan: Plan, vocabulary: Vocabulary) -> dict[str, Any] | None:
     if set(names) - {WORK}:
         shown = ", ".join(sorted(set(names) - {WORK})[:3])
         raise UserError(f"{plan.output} is not empty: it holds {shown}; give a new directory by --output.")
+    plan.work.delete()  # pieces of nobody knows what
     plan.work.write(VOCABULARY, vocabulary.content)
     plan.work.write(PLAN, json.dumps(plan.identity).encode())
     return None
@@ -382,8 +384,9 @@ def _short(value: Any) -> str:
 
 
 def discard(plan: Plan) -> None:
-    """Leave nothing behind where nothing was made: bad input, found before the first shard."""
-    plan.work.delete()
+    """Leave nothing behind where no shard was made yet."""
+    if not any(name.startswith(SHARD) for name in Directory(plan.output).names()):
+        plan.work.delete()
 
 
 def finish(plan: Plan, vocabulary: Vocabulary, dealt: Sequence[Dealt], shards: Sequence[ShardRecord]) -> dict[str, Any]:

@@ -76,20 +76,20 @@ def _prepare(options: argparse.Namespace, output: str, console: Console) -> dict
     if made is not None:
         return made
     num_bytes = sum(file.size_bytes for file in files)
-    with _runner(options.workers, num_bytes, options.verbose) as run:
-        return _make(plan, vocabulary, run, console)
+    try:
+        with _runner(options.workers, num_bytes, options.verbose) as run:
+            return _make(plan, vocabulary, run, console)
+    except UserError:  # bad input; no task writes any more
+        discard(plan)
+        raise
 
 
 def _make(plan: Plan, vocabulary: Vocabulary, run: Any, console: Console) -> dict[str, Any]:
     """Both stages, and the end."""
-    try:
-        numbers = range(len(plan.pieces))
-        found = _tracked(console, "tokenising pieces of the input", run(tokenize_piece, (plan,), numbers), numbers)
-        dealt = sorted(found, key=lambda piece: piece.number)
-        check_documents(dealt, plan.settings)
-    except UserError:
-        discard(plan)
-        raise
+    numbers = range(len(plan.pieces))
+    found = _tracked(console, "tokenising pieces of the input", run(tokenize_piece, (plan,), numbers), numbers)
+    dealt = sorted(found, key=lambda piece: piece.number)
+    check_documents(dealt, plan.settings)
     tasks = shard_tasks(dealt, plan.settings.dupe_factor)
     shards = list(_tracked(console, "making shards", run(make_shard, (plan, dealt), tasks), tasks))
     return finish(plan, vocabulary, dealt, sorted(shards, key=lambda shard: shard.name))

@@ -316,6 +316,25 @@ def test_bad_input_leaves_nothing_behind(tmp_path, capsys, name):
     assert cli.main(words) == 0
 
 
+def test_bad_input_leaves_nothing_behind_on_ray(books, tmp_path, start):
+    """Found by a task while others are at work."""
+    (tmp_path / "text.txt").write_bytes(TEXT.read_bytes() + b"\xff")
+    words = arguments(tmp_path / "out", "--shard_mb", 1, "--workers", 2, text=f"{tmp_path / 'text.txt'},{books}")
+    process = start(*words)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1 and "byte 110348: 0xff is not UTF-8" in output and "Traceback" not in output, output
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_pieces_without_a_plan_are_not_taken(tmp_path):
+    """A task may write one after the folder was given up."""
+    prepared(tmp_path / "expected", "--dupe_factor", 1)
+    stale = Directory(str(tmp_path / "out" / WORK))
+    stale.write("piece-00000.json", b"of other text")
+    prepared(tmp_path / "out", "--dupe_factor", 1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
 def test_one_document_is_enough_for_googles_script(tmp_path):
     (tmp_path / "text.txt").write_text("One two three four five.\n" * 100)
     made = prepared(tmp_path / "out", "--parity", "google", text=tmp_path / "text.txt")
