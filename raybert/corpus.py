@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import posixpath
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -252,7 +253,7 @@ def _content(file: File, start: int) -> Iterator[bytes]:
     Raises:
         UserError: it is damaged.
     """
-    with open_input(file.path) as source:
+    with _opened(file) as source:
         try:
             if start:
                 source.seek(start)
@@ -261,6 +262,21 @@ def _content(file: File, start: int) -> Iterator[bytes]:
                 yield from decompressed_chunks(_chunks(source))
         except DamagedStreamError as error:
             raise UserError(f"{file.path}: {error}; restore the file.") from error
+
+
+def _opened(file: File) -> fs.NativeFile:
+    """A file that the driver has seen.
+
+    Raises:
+        UserError: it is not there, or not on this node.
+    """
+    try:
+        return open_input(file.path)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{file.path} is not there on node {socket.gethostname()}; put the input where every node sees it under "
+            "this path: s3://, gs:// or a shared file system."
+        ) from error
 
 
 def _chunks(source: fs.NativeFile) -> Iterator[bytes]:
@@ -300,7 +316,7 @@ def _json_rows(file: File, reading: Reading) -> Iterator[str]:
 def _parquet_rows(file: File, reading: Reading) -> Iterator[str]:
     column, number = reading.text_column, 0
     try:
-        with open_input(file.path) as source, parquet.ParquetFile(source) as table:
+        with _opened(file) as source, parquet.ParquetFile(source) as table:
             if column not in table.schema_arrow.names:
                 raise _no_column(column, table.schema_arrow.names, file.path)
             for batch in table.iter_batches(PARQUET_ROWS, columns=[column]):

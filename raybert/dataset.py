@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
@@ -155,8 +156,13 @@ def tokenize_piece(plan: Plan, number: int) -> Dealt:
     """Tokenise and deal a piece, if that is not done yet.
 
     Raises:
-        UserError: the input is damaged.
+        UserError: the input is damaged, or this node does not see the output directory.
     """
+    if not plan.work.exists(PLAN):
+        raise UserError(
+            f"{plan.output} is not there on node {socket.gethostname()}; give an --output that every node sees under "
+            "this path: s3://, gs:// or a shared file system."
+        )
     done = read_marker(plan.work, number)
     if done is not None:
         return done

@@ -20,8 +20,9 @@ from tfrecord.reader import tfrecord_loader
 from transformers import BertForPreTraining, BertTokenizer
 
 from raybert import cli, retry
-from raybert.dataset import DATASET, MIN_DOCUMENTS, WORK, Settings, make_plan, shard_tasks, tokenize_piece
+from raybert.dataset import DATASET, MIN_DOCUMENTS, WORK, Settings, begin, make_plan, shard_tasks, tokenize_piece
 from raybert.deck import read_parts
+from raybert.errors import UserError
 from raybert.example import Schema
 from raybert.storage import Directory, find_files
 from raybert.wordpiece import CLS, SEP
@@ -133,7 +134,7 @@ def test_every_copy_is_made_anew(tmp_path):
 def test_every_document_is_dealt_once_and_from_everywhere(books, tmp_path):
     settings = Settings(shard_mb=1)
     plan = make_plan(str(tmp_path), settings, VOCABULARY, find_files(str(books), "--input"))
-    plan.work.write("vocab.txt", VOCAB_FILE.read_bytes())
+    begin(plan, VOCABULARY)
     dealt = [tokenize_piece(plan, number) for number in range(len(plan.pieces))]
     assert len(plan.pieces) > 3 and plan.num_parts > 3
     parts = [read_parts(plan.work, dealt, [part]) for part in range(plan.num_parts)]
@@ -152,7 +153,7 @@ def test_few_documents_share_a_shard(tmp_path, books):
     path = tmp_path / "few.txt"
     path.write_text("\n\n".join(texts))
     plan = make_plan(str(tmp_path / "out"), Settings(shard_mb=1), VOCABULARY, find_files(str(path), "--input"))
-    plan.work.write("vocab.txt", VOCAB_FILE.read_bytes())
+    begin(plan, VOCABULARY)
     dealt = [tokenize_piece(plan, number) for number in range(len(plan.pieces))]
     assert plan.num_parts > 3
     tasks = shard_tasks(dealt, 2)
@@ -333,6 +334,18 @@ def test_pieces_without_a_plan_are_not_taken(tmp_path):
     stale.write("piece-00000.json", b"of other text")
     prepared(tmp_path / "out", "--dupe_factor", 1)
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_node_that_does_not_see_a_directory_is_named(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(TEXT.read_bytes())
+    plan = make_plan(str(tmp_path / "out"), Settings(), VOCABULARY, find_files(str(text), "--input"))
+    with pytest.raises(UserError, match=r"out is not there on node .*; give an --output that every node sees"):
+        tokenize_piece(plan, 0)
+    begin(plan, VOCABULARY)
+    text.unlink()
+    with pytest.raises(UserError, match=r"text.txt is not there on node .*; put the input where every node sees it"):
+        tokenize_piece(plan, 0)
 
 
 def test_one_document_is_enough_for_googles_script(tmp_path):
