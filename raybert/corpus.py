@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import math
 import posixpath
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
 import sentencex
-from pyarrow import fs, parquet
+from pyarrow import parquet
 
 from raybert.compression import DamagedStreamError, compression, decompressed_chunks
 from raybert.errors import UserError
-from raybert.storage import File, open_input
+from raybert.storage import File, chunks, open_input, open_seen
 
 Lines = Literal["sentences", "paragraphs", "wrapped"]
 Kind = Literal["text", "json lines", "parquet"]
@@ -253,35 +252,15 @@ def _content(file: File, start: int) -> Iterator[bytes]:
     Raises:
         UserError: it is damaged.
     """
-    with _opened(file) as source:
+    with open_seen(file.path) as source:
         try:
             if start:
                 source.seek(start)
-                yield from _chunks(source)
+                yield from chunks(source, CHUNK_BYTES)
             else:
-                yield from decompressed_chunks(_chunks(source))
+                yield from decompressed_chunks(chunks(source, CHUNK_BYTES))
         except DamagedStreamError as error:
             raise UserError(f"{file.path}: {error}; restore the file.") from error
-
-
-def _opened(file: File) -> fs.NativeFile:
-    """A file that the driver has seen.
-
-    Raises:
-        UserError: it is not there, or not on this node.
-    """
-    try:
-        return open_input(file.path)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{file.path} is not there on node {socket.gethostname()}; put the input where every node sees it under "
-            "this path: s3://, gs:// or a shared file system."
-        ) from error
-
-
-def _chunks(source: fs.NativeFile) -> Iterator[bytes]:
-    while chunk := source.read(CHUNK_BYTES):
-        yield chunk
 
 
 def _line_number(file: File, offset: int) -> int:
@@ -316,7 +295,7 @@ def _json_rows(file: File, reading: Reading) -> Iterator[str]:
 def _parquet_rows(file: File, reading: Reading) -> Iterator[str]:
     column, number = reading.text_column, 0
     try:
-        with _opened(file) as source, parquet.ParquetFile(source) as table:
+        with open_seen(file.path) as source, parquet.ParquetFile(source) as table:
             if column not in table.schema_arrow.names:
                 raise _no_column(column, table.schema_arrow.names, file.path)
             for batch in table.iter_batches(PARQUET_ROWS, columns=[column]):

@@ -10,7 +10,6 @@ import hashlib
 import io
 import itertools
 import json
-import socket
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from pyarrow import fs
 from raybert.compression import compression, decompressed_chunks
 from raybert.errors import UserError
 from raybert.example import Schema, bad_records, decode
-from raybert.storage import Directory, File, open_input, resolve
+from raybert.storage import Directory, File, chunks, open_seen, resolve
 from raybert.tfrecord import BadRecord, find_records, walk
 
 Ints = npt.NDArray[np.int64]
@@ -31,7 +30,6 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 
 INDEX, LIST = "index", "files.json"  # in a run directory; in there, which files are trained on
 PAGE_RECORDS = 256
-CHUNK_BYTES = 16 << 20
 MAX_BAD_SHOWN = 20
 FORMAT_VERSION = 1
 
@@ -88,36 +86,16 @@ def index_shard(file: File, schema: Schema, cache: Directory, max_bad: int | Non
     cached = _load(cache, name, file)
     if cached is not None:
         return cached
-    with _opened(file.path) as source:
+    with open_seen(file.path) as source:
         is_compressed = bool(compression(source.read(64)))
         source.seek(0)
         if not is_compressed:
-            shard = _scan(file, file.path, _chunks(source), schema, max_bad)
+            shard = _scan(file, file.path, chunks(source), schema, max_bad)
         else:
             shard = _scan_compressed(file, source, cache, name, schema, max_bad)
     if max_bad is None or len(shard.bad) < max_bad:
         cache.write(f"{name}.index", _to_bytes(shard))
     return shard
-
-
-def _opened(path: str) -> fs.NativeFile:
-    """A file of the run's, which the driver has seen.
-
-    Raises:
-        UserError: it is not there, or not on this node.
-    """
-    try:
-        return open_input(path)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is not there on node {socket.gethostname()}; restore it, or put it where every node sees it under "
-            "this path: s3://, gs:// or a file system mounted on all of them."
-        ) from error
-
-
-def _chunks(source: fs.NativeFile) -> Iterator[bytes]:
-    while chunk := source.read(CHUNK_BYTES):
-        yield chunk
 
 
 def _scan_compressed(
@@ -130,7 +108,7 @@ def _scan_compressed(
     with filesystem.open_output_stream(f"{path}.part") as target:
 
         def copied() -> Iterator[bytes]:
-            for chunk in decompressed_chunks(_chunks(source)):
+            for chunk in decompressed_chunks(chunks(source)):
                 target.write(chunk)
                 yield chunk
 
@@ -320,7 +298,7 @@ class Index:
         contents: list[Arrays] = []
         for number, entries in by_shard:
             shard = self.shards[number]
-            with _opened(shard.data_path) as source:
+            with open_seen(shard.data_path) as source:
                 contents += [_read_page(source, shard, page, self.schema) for _, page in entries]
         return contents
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pyarrow import fs
 from rich.console import Console
 from rich.progress import track
 
@@ -27,12 +26,11 @@ from raybert.example import Arrays, InvalidSampleError, Schema, bad_records, dec
 from raybert.jit import Ints
 from raybert.masking import unmasked
 from raybert.splitmix import mixed
-from raybert.storage import Directory, File, absolute, find_files, open_input
+from raybert.storage import Directory, File, absolute, chunks, find_files, open_input
 from raybert.tfrecord import Records, walk
 from raybert.wordpiece import CLS, CONTINUATION, MASK, SEP, Vocabulary, read_vocabulary
 
 FINE, BROKEN = 0, 1  # exit codes
-CHUNK_BYTES = 16 << 20
 MAX_BAD_SHOWN = 10
 MAX_KEPT = 1 << 22  # fingerprints; of more samples a part is looked at
 EXTREMES = 3  # longest, and shortest, that are shown
@@ -156,10 +154,6 @@ def _vocabulary_beside(files: Sequence[File]) -> str:
 
 
 def _pieces(file: File) -> Iterator[Records]:
-    def chunks(source: fs.NativeFile) -> Iterator[bytes]:
-        while chunk := source.read(CHUNK_BYTES):
-            yield chunk
-
     with open_input(file.path) as source:
         yield from walk(decompressed_chunks(chunks(source)))
 

@@ -8,6 +8,7 @@ import os
 import posixpath
 import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,6 +114,27 @@ def open_input(uri: str) -> pa.NativeFile:
     """A random access file, read only."""
     filesystem, path = resolve(uri)
     return filesystem.open_input_file(path)
+
+
+def open_seen(uri: str) -> pa.NativeFile:
+    """A random access file that another node of the cluster has seen.
+
+    Raises:
+        UserError: it is not there, or not on this node.
+    """
+    try:
+        return open_input(uri)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{uri} is not there on node {socket.gethostname()}; restore it, or put it where every node sees it under "
+            "this path: s3://, gs:// or a file system mounted on all of them."
+        ) from error
+
+
+def chunks(source: pa.NativeFile, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """What is left of a file, in order."""
+    while chunk := source.read(chunk_bytes):
+        yield chunk
 
 
 def find_files(patterns: str, option: str) -> list[File]:

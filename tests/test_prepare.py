@@ -344,7 +344,9 @@ def test_a_node_that_does_not_see_a_directory_is_named(tmp_path):
         tokenize_piece(plan, 0)
     begin(plan, VOCABULARY)
     text.unlink()
-    with pytest.raises(UserError, match=r"text.txt is not there on node .*; put the input where every node sees it"):
+    with pytest.raises(
+        UserError, match=r"text.txt is not there on node .*; restore it, or put it where every node sees it"
+    ):
         tokenize_piece(plan, 0)
 
 
