@@ -23,6 +23,7 @@ from raybert.feed import Layout, local_batches
 from raybert.history import ATTEMPTS, FencedError, StepRecord, begin_attempt, read_history
 from raybert.manifest import (
     CHECKPOINTS,
+    FORMAT_VERSION,
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -551,3 +552,12 @@ def test_a_checkpoint_moves_with_its_run(run, state, tmp_path):
     (name,) = write_all(writer(run), state, 2)
     Path(run.path).rename(tmp_path / "elsewhere")
     assert newest(Directory(str(tmp_path / "elsewhere"))) == (name, [])
+
+
+def test_a_checkpoint_of_another_format_is_refused(run, state, monkeypatch):
+    """An older one, though it is intact: its history says other things of what arrived."""
+    monkeypatch.setattr("raybert.checkpoint.FORMAT_VERSION", FORMAT_VERSION - 1)
+    (name,) = write_all(writer(run), state, 2)
+    rule = rf"{name} is of format {FORMAT_VERSION - 1}, and this raybert reads format {FORMAT_VERSION}; go on with the"
+    with pytest.raises(UserError, match=rule):
+        newest_checkpoint(run, print)

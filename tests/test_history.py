@@ -90,7 +90,17 @@ def test_a_missing_link_is_an_error(run):
 
 
 def test_checksum_is_of_samples_at_positions_in_any_order():
-    batches = [[(0, 1), (1, 2)], [(0, 2), (1, 1)], [(0, 1)], [], [(0, 1), (1, 2), (1, 2)], [(0, 1), (1, 2 + 2**40)]]
+    batches = [
+        [(0, 1), (1, 2)],
+        [(0, 2), (1, 1)],
+        [(0, 1)],
+        [(1, 0)],
+        [(0, 2)],
+        [(1, 1)],
+        [],
+        [(0, 1), (1, 2), (1, 2)],
+        [(0, 1), (1, 2 + 2**40)],
+    ]
     found = {checksum(*np.array(batch, np.int64).reshape(-1, 2).T) for batch in batches}
     assert len(found) == len(batches) and all(0 <= value < CHECKSUM_LIMIT for value in found)
     assert checksum(np.array([0, 1]), np.array([1, 2])) == checksum(np.array([1, 0]), np.array([2, 1], ">i4"))
