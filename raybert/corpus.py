@@ -1,7 +1,8 @@
 """The corpus: documents of sentences from text files, JSON lines and Parquet, plain or compressed, in bounded memory.
 
-A plain text file is read in pieces by byte ranges. A piece holds the documents that begin in its range: the file's
-first one, and those behind a blank line that begins there; so every document is in one piece, whatever their size.
+A file is read in pieces by byte ranges, unless it is compressed as a whole. A piece holds what begins in its range:
+of a text file the first document, and those behind a blank line that begins there; of JSON lines the lines; of Parquet
+the row groups. So every document is in one piece, whatever their size.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ class Piece:
 
     Args:
         file: of the input.
-        start, stop: bytes in which the documents begin; no stop: the whole file.
+        start, stop: bytes in which the documents begin.
     """
 
     file: File
     start: int = 0
-    stop: int | None = None
+    stop: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,10 @@ def kind_of(path: str) -> Kind:
 
 
 def _can_be_cut(file: File, reading: Reading) -> bool:
-    if kind_of(file.path) != "text" or reading.lines == "wrapped":
+    kind = kind_of(file.path)
+    if kind == "text" and reading.lines == "wrapped":
         return False
-    return not is_compressed(file)
+    return kind == "parquet" or not is_compressed(file)
 
 
 def is_compressed(file: File) -> bool:
@@ -131,7 +133,7 @@ def documents(piece: Piece, reading: Reading) -> Iterator[Document]:
         whole = (_split(text, lines, reading.language) for text in texts)
     else:
         lines = reading.lines or "paragraphs"
-        rows = _parquet_rows(piece.file, reading) if kind == "parquet" else _json_rows(piece.file, reading)
+        rows = _parquet_rows(piece, reading) if kind == "parquet" else _json_rows(piece, reading)
         whole = (_split(text.split("\n"), lines, reading.language) for text in rows)
     for sentences in whole:
         for document in _bounded(sentences):
@@ -184,12 +186,11 @@ def _whole_file(piece: Piece) -> Iterator[Iterator[str]]:
 def _between_blank_lines(piece: Piece) -> Iterator[Iterator[str]]:
     """The lines of each document that begins in a piece; each is to be used up before the next is asked for."""
     lines = _decoded(piece.file, piece.start)
-    stop = math.inf if piece.stop is None else piece.stop
-    begins = piece.start == 0 or _skip_to_blank(lines, stop)
+    begins = piece.start == 0 or _skip_to_blank(lines, piece.stop)
     while begins:
         last = [-1]  # where the blank line is that ends the document; -1: the file ends
         yield _until_blank(lines, last)
-        begins = 0 <= last[0] < stop
+        begins = 0 <= last[0] < piece.stop
 
 
 def _skip_to_blank(lines: Iterator[tuple[int, str]], stop: float) -> bool:
@@ -277,53 +278,81 @@ def _line_number(file: File, offset: int) -> int:
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
 
-def _json_rows(file: File, reading: Reading) -> Iterator[str]:
+def _json_rows(piece: Piece, reading: Reading) -> Iterator[str]:
     """The text of every line of JSON; blank lines are none."""
-    for number, (_, line) in enumerate(_decoded(file, 0), 1):
-        if not line.strip():
-            continue
-        place = f"{file.path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: no JSON: {error}; correct the line, or name text files .txt.") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: a JSON object is expected, not {type(row).__name__}; write one object a line.")
-        yield _text_of(row, reading.text_column, place)
+    for at, line in _decoded(piece.file, piece.start):
+        if at >= piece.stop:
+            return
+        if line.strip():
+            try:
+                yield _text_of(_json_row(line), reading.text_column)
+            except _RowError as error:
+                raise UserError(f"{piece.file.path}, line {_line_number(piece.file, at)}: {error}") from error
 
 
-def _parquet_rows(file: File, reading: Reading) -> Iterator[str]:
-    column, number = reading.text_column, 0
+def _json_row(line: str) -> dict[str, Any]:
     try:
-        with open_seen(file.path) as source, parquet.ParquetFile(source) as table:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _RowError(f"no JSON: {error}; correct the line, or name text files .txt.") from error
+    if not isinstance(row, dict):
+        raise _RowError(f"a JSON object is expected, not {type(row).__name__}; write one object a line.")
+    return row
+
+
+def _parquet_rows(piece: Piece, reading: Reading) -> Iterator[str]:
+    path, column, number = piece.file.path, reading.text_column, 0
+    try:
+        with open_seen(path) as source, parquet.ParquetFile(source) as table:
+            groups, number = _row_groups(table.metadata, piece)
             if column not in table.schema_arrow.names:
-                raise _no_column(column, table.schema_arrow.names, file.path)
-            for batch in table.iter_batches(PARQUET_ROWS, columns=[column]):
+                raise UserError(f"{path}: {_no_column(column, table.schema_arrow.names)}")
+            for batch in table.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[column]):
                 for value in batch.column(0):
-                    yield _text_of({column: value.as_py()}, column, f"{file.path}, row {number}")
+                    yield _text_of({column: value.as_py()}, column)
                     number += 1
     except pa.ArrowInvalid as error:
-        raise UserError(f"{file.path} is no Parquet file, or damaged: {error}; restore the file.") from error
+        raise UserError(f"{path} is no Parquet file, or damaged: {error}; restore the file.") from error
+    except _RowError as error:
+        raise UserError(f"{path}, row {number}: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file.path}, row {number}, byte {error.start} of {column}: not UTF-8; write the column again as UTF-8."
+            f"{path}, row {number}, byte {error.start} of {column}: not UTF-8; write the column again as UTF-8."
         ) from error
 
 
-def _text_of(row: dict[str, Any], column: str, place: str) -> str:
+def _row_groups(metadata: parquet.FileMetaData, piece: Piece) -> tuple[list[int], int]:
+    """The row groups that begin in a piece, and the number of the first one's first row."""
+    groups, first_row = [], 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunk = group.column(0)
+        starts = [start for start in (chunk.dictionary_page_offset, chunk.data_page_offset) if start]  # 0: none
+        if min(starts) < piece.start:
+            first_row += group.num_rows
+        elif min(starts) < piece.stop:
+            groups.append(number)
+    return groups, first_row
+
+
+class _RowError(Exception):
+    """What is wrong with a row, and the remedy."""
+
+
+def _text_of(row: dict[str, Any], column: str) -> str:
     """The text of a row; null is an empty document.
 
     Raises:
-        UserError: it is not there, or no text.
+        _RowError: it is not there, or no text.
     """
     if column not in row:
-        raise _no_column(column, list(row), place)
+        raise _RowError(_no_column(column, list(row)))
     text = row[column]
     if not isinstance(text, str | None):
-        raise UserError(f"{place}: {column} is {type(text).__name__}, not text; name another one by --text_column.")
+        raise _RowError(f"{column} is {type(text).__name__}, not text; name another one by --text_column.")
     return text or ""
 
 
-def _no_column(column: str, names: Sequence[str], place: str) -> UserError:
+def _no_column(column: str, names: Sequence[str]) -> str:
     there = ", ".join(names[:10]) or "none"
-    return UserError(f"{place}: no column {column!r} among {there}; name the column of the text by --text_column.")
+    return f"no column {column!r} among {there}; name the column of the text by --text_column."

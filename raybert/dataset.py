@@ -24,6 +24,7 @@ from raybert.corpus import Piece, Reading, cut_into_pieces, is_compressed, kind_
 from raybert.deck import Deal, Dealt, deal_piece, read_marker, read_parts
 from raybert.errors import UserError
 from raybert.example import Schema, encode
+from raybert.index import INDEX, index_beside
 from raybert.instances import MIN_SEQ_LENGTH, Documents, Pairs, Recipe, make_features, make_pairs
 from raybert.masking import Masking, make_masking
 from raybert.retry import outlast_blip
@@ -33,7 +34,7 @@ from raybert.wordpiece import CLS, SEP, Tokenizer, Vocabulary, read_vocabulary
 
 DATASET, VOCABULARY, WORK, PLAN = "dataset.json", "vocab.txt", ".prepare", "plan.json"
 SHARD = "samples-"  # begins the name of a shard
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MIN_DOCUMENTS = 16  # of a part, where the corpus has so many: random nexts come from among them
 BATCH = 1024  # samples that are laid out at a time
 EXPANSION = {"text": 3, "json lines": 3, "parquet": 2}  # bytes of text of a compressed byte, about
@@ -255,7 +256,7 @@ def _group(counts: Sequence[int]) -> list[list[int]]:
 
 
 def make_shard(plan: Plan, dealt: Sequence[Dealt], task: ShardTask) -> ShardRecord:
-    """Make a shard, if it is not there yet; its file is there whole or not at all.
+    """Make a shard and its index, if they are not there yet; each file is there whole or not at all.
 
     Raises:
         OSError: storage fails.
@@ -266,7 +267,9 @@ def make_shard(plan: Plan, dealt: Sequence[Dealt], task: ShardTask) -> ShardReco
     maker = _Maker(plan)
     content, census = maker.shard(read_parts(plan.work, dealt, task.parts), task)
     name = task.name(plan.settings.compression)
-    outlast_blip(partial(Directory(plan.output).write, name, content))
+    output = Directory(plan.output)
+    outlast_blip(partial(output.write, name, content))
+    outlast_blip(lambda: index_beside(output.file(name), maker.schema))
     made = ShardRecord(name, len(content), hashlib.sha256(content).hexdigest(), census.to_json())
     outlast_blip(partial(plan.work.write, record, json.dumps(asdict(made)).encode()))
     return made
@@ -336,7 +339,7 @@ def begin(plan: Plan, vocabulary: Vocabulary) -> dict[str, Any] | None:
         UserError: the directory holds something else.
     """
     output = Directory(plan.output)
-    for folder in (output, plan.work):
+    for folder in (output, plan.work, output / INDEX):
         folder.remove_leftovers()
     names = output.names()
     if DATASET in names:

@@ -1,7 +1,8 @@
 """The index: for every shard, where its pages of records begin, which records are left out, and what its content is.
 
 Building it reads each file once and verifies every record, so training never meets a bad record that the index did not
-name. It is cached under the run directory, and a file is read again when its size or modification time has changed.
+name. It is cached under the run directory; `prepare` puts it beside what it makes, too. A file is read again when its
+size or modification time has changed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -22,13 +24,13 @@ from pyarrow import fs
 from raybert.compression import compression, decompressed_chunks
 from raybert.errors import UserError
 from raybert.example import Schema, bad_records, decode
-from raybert.storage import Directory, File, chunks, open_seen, resolve
+from raybert.storage import Directory, File, chunks, containing, open_input, open_seen, resolve
 from raybert.tfrecord import BadRecord, find_records, walk
 
 Ints = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[np.generic]]
 
-INDEX, LIST = "index", "files.json"  # in a run directory; in there, which files are trained on
+INDEX, LIST = "index", "files.json"  # in a run directory, or beside shards; in there, which files are trained on
 PAGE_RECORDS = 256
 MAX_BAD_SHOWN = 20
 FORMAT_VERSION = 1
@@ -71,7 +73,7 @@ class Shard:
 
 
 def index_shard(file: File, schema: Schema, cache: Directory, max_bad: int | None = None) -> Shard:
-    """The index of a file, from the cache or by reading the file once.
+    """The index of a file, from the cache, from beside the file, or by reading the file once.
 
     Args:
         file: a TFRecord file; gzip and zlib are recognised by content and copied once, decompressed, into the cache.
@@ -86,6 +88,10 @@ def index_shard(file: File, schema: Schema, cache: Directory, max_bad: int | Non
     cached = _load(cache, name, file)
     if cached is not None:
         return cached
+    beside = _load_beside(file, schema)
+    if beside is not None:
+        cache.write(f"{name}.index", _to_bytes(beside))
+        return beside
     with open_seen(file.path) as source:
         is_compressed = bool(compression(source.read(64)))
         source.seek(0)
@@ -96,6 +102,43 @@ def index_shard(file: File, schema: Schema, cache: Directory, max_bad: int | Non
     if max_bad is None or len(shard.bad) < max_bad:
         cache.write(f"{name}.index", _to_bytes(shard))
     return shard
+
+
+def index_beside(file: File, schema: Schema) -> None:
+    """Put a new file's index beside it, unless it is compressed; training then need not read the file first.
+
+    Args:
+        file: a TFRecord file; it is read back, so what could not be read is found here.
+        schema: what each record must look like.
+
+    Raises:
+        OSError: the file does not hold what was written, or storage fails.
+    """
+    with open_input(file.path) as source:
+        if compression(source.read(64)):
+            return
+        source.seek(0)
+        shard = _scan(file, file.path, chunks(source), schema, max_bad=1)
+    if shard.bad:
+        raise OSError(f"{file.path} cannot be read back: {shard.bad[0]}")
+    folder, name = _beside(file, schema)
+    folder.write(name, _to_bytes(shard))
+
+
+def _load_beside(file: File, schema: Schema) -> Shard | None:
+    """What `index_beside` wrote, unless the file has changed since; the directory may have been moved."""
+    shard = None
+    with suppress(OSError):  # to be allowed to read the file is enough
+        shard = _read_entry(*_beside(file, schema))
+    if shard is None or (shard.file.size_bytes, shard.file.modified_ns) != (file.size_bytes, file.modified_ns):
+        return None
+    return replace(shard, file=file, data_path=file.path)
+
+
+def _beside(file: File, schema: Schema) -> tuple[Directory, str]:
+    """Where a file's index is beside it, and its name there."""
+    folder, name = containing(file.path)
+    return folder / INDEX, f"{name}-{_entry_name('', schema)}.index"
 
 
 def _scan_compressed(
@@ -175,7 +218,7 @@ def _entry_name(path: str, schema: Schema) -> str:
 
 def _load(cache: Directory, name: str, file: File) -> Shard | None:
     """A cached index, unless the file has changed since or the cache entry is damaged."""
-    shard = _read_entry(cache, name)
+    shard = _read_entry(cache, f"{name}.index")
     if shard is None or shard.file != file:
         return None
     if shard.data_path == file.path:
@@ -187,7 +230,7 @@ def _load(cache: Directory, name: str, file: File) -> Shard | None:
 
 def cached_shard(path: str, schema: Schema, cache: Directory) -> Shard | None:
     """The index of a file as it was cached, be the file still there or not; None if the entry is missing or damaged."""
-    return _read_entry(cache, _entry_name(path, schema))
+    return _read_entry(cache, f"{_entry_name(path, schema)}.index")
 
 
 def write_list(index: Index, cache: Directory) -> None:
@@ -210,7 +253,7 @@ def read_list(cache: Directory) -> list[str]:
 
 def _read_entry(cache: Directory, name: str) -> Shard | None:
     try:
-        entry = cache.read(f"{name}.index")
+        entry = cache.read(name)
     except FileNotFoundError:
         return None
     digest, content = entry[:32], entry[32:]

@@ -1,7 +1,8 @@
 """`prepare`: from a folder of text to TFRecord shards that `train` reads.
 
 First every piece of the input is tokenised and its documents are dealt (see `deck`), then every shard is made
-(see `dataset`). Both are tasks that do not know of each other, run by Ray or in this process with the same result.
+(see `dataset`). Both are tasks that do not know of each other, run by Ray Data on a cluster or by processes of this
+machine, with the same result.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -32,10 +34,11 @@ from raybert.dataset import (
 )
 from raybert.errors import UserError
 from raybert.options import add_reading, boolean, reading_of
+from raybert.processes import Run, in_processes
 from raybert.storage import Directory, absolute, find_files
 from raybert.wordpiece import Vocabulary, read_vocabulary
 
-SMALL_BYTES = 4 << 20  # input that is made before Ray has started
+SMALL_BYTES = 4 << 20  # input that is made before other processes have started
 MAX_UNKNOWN = 0.02  # share of [UNK] above which vocabulary and text hardly belong together
 MAX_LONG = 0.5  # sentences of so many sequences, on average, are hardly sentences
 T = TypeVar("T")
@@ -52,9 +55,10 @@ def main(argv: list[str]) -> int:
     output = absolute(options.output)
     try:
         made = _prepare(options, output, console)
-    except MemoryError as error:
+    except (MemoryError, BrokenProcessPool) as error:
         raise UserError(
-            f"A shard of {options.shard_mb} MB of text needs more memory than there is; lower --shard_mb or --workers."
+            f"A shard of {options.shard_mb} MB of text needs more memory than there is, or a process was killed; run "
+            "the same command again with fewer --workers: it continues. Or begin anew with a lower --shard_mb."
         ) from error
     except OSError as error:
         raise UserError(
@@ -84,7 +88,7 @@ def _prepare(options: argparse.Namespace, output: str, console: Console) -> dict
         raise
 
 
-def _make(plan: Plan, vocabulary: Vocabulary, run: Any, console: Console) -> dict[str, Any]:
+def _make(plan: Plan, vocabulary: Vocabulary, run: Run, console: Console) -> dict[str, Any]:
     """Both stages, and the end."""
     numbers = range(len(plan.pieces))
     found = _tracked(console, "tokenising pieces of the input", run(tokenize_piece, (plan,), numbers), numbers)
@@ -105,16 +109,20 @@ def _tracked(console: Console, text: str, items: Iterator[T], tasks: Sequence[An
 
 
 @contextmanager
-def _runner(num_workers: int | None, num_bytes: int, verbose: bool) -> Iterator[Any]:
+def _runner(num_workers: int | None, num_bytes: int, verbose: bool) -> Iterator[Run]:
     """What runs the tasks: gives function(*shared, item) for each item, in any order."""
-    if num_workers is None and num_bytes < SMALL_BYTES and not os.environ.get("RAY_ADDRESS"):
-        num_workers = 0
-    if num_workers is not None and num_workers <= 1:
+    if num_workers is None and os.environ.get("RAY_ADDRESS"):
+        from raybert.tasks import on_ray  # imports Ray and torch, seconds long
+
+        with on_ray(verbose) as run:
+            yield run
+        return
+    if num_workers is None:
+        num_workers = 1 if num_bytes < SMALL_BYTES else os.cpu_count() or 1
+    if num_workers <= 1:
         yield lambda function, shared, items: (function(*shared, item) for item in items)
         return
-    from raybert.tasks import on_ray  # imports Ray and torch, seconds long
-
-    with on_ray(num_workers or os.cpu_count() or 1, verbose) as run:
+    with in_processes(num_workers) as run:
         yield run
 
 
@@ -143,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers",
         type=int,
         metavar="N",
-        help="tasks at a time on this machine; 0: one, without Ray; default: the CPUs",
+        help="processes of this machine; default: the cluster of RAY_ADDRESS, or as many as there are CPUs",
     )
     add("-v", "--verbose", action="store_true", help="log what Ray does")
     return parser

@@ -203,6 +203,13 @@ def _uri(path: str, like: str) -> str:
     return f"{scheme}://{path}{query}" if separator else path
 
 
+def containing(uri: str) -> tuple[Directory, str]:
+    """The directory that a file is in, and its name there."""
+    place, query = _split_query(uri)
+    folder, _, name = place.rpartition("/")
+    return Directory(folder + query), name
+
+
 def absolute(uri: str) -> str:
     """The same place, independent of the working directory."""
     return uri if "://" in uri else resolve(uri)[1]
@@ -238,6 +245,11 @@ class Directory:
         """Names of what the directory holds, sorted; nothing if it does not exist."""
         selector = fs.FileSelector(self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def file(self, name: str) -> File:
+        """A file that is there, as it is now."""
+        info = self.filesystem.get_file_info(self._at(name))
+        return File(_uri(info.path, self.uri), info.size, info.mtime_ns or 0)
 
     def exists(self, name: str) -> bool:
         return bool(self.filesystem.get_file_info(self._at(name)).type != fs.FileType.NotFound)

@@ -77,18 +77,23 @@ ROWS = ["First. Second.\nThird.", None, "", "Fourth."]
 OF_ROWS = [["First.", "Second.", "Third."], [], [], ["Fourth."]]
 
 
+@pytest.mark.parametrize("piece_bytes", [1 << 30, 70, 30, 1])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.ndjson"])
-def test_json_lines(tmp_path, name):
+def test_json_lines(tmp_path, name, piece_bytes):
     content = "\n".join(json.dumps({"id": 1, "text": row}) for row in ROWS).encode() + b"\n\n"
     path = written(tmp_path, name, gzip.compress(content) if name.endswith("gz") else content)
-    assert read(path) == OF_ROWS
+    assert read(path, piece_bytes=piece_bytes) == OF_ROWS
     assert read(path, Reading(lines="sentences"))[0] == ["First. Second.", "Third."]
 
 
-def test_parquet(tmp_path):
+@pytest.mark.parametrize("piece_bytes", [1 << 30, 300, 1])
+@pytest.mark.parametrize("use_dictionary", [False, True])
+@pytest.mark.parametrize("row_group_size", [1, 2, 3, 4])
+def test_parquet(tmp_path, piece_bytes, use_dictionary, row_group_size):
     path = tmp_path / "rows.parquet"
-    parquet.write_table(pa.table({"id": range(4), "body": ROWS}), path, row_group_size=2)
-    assert read(path, Reading(text_column="body")) == OF_ROWS
+    table = pa.table({"id": range(4), "body": ROWS})
+    parquet.write_table(table, path, row_group_size=row_group_size, use_dictionary=use_dictionary)
+    assert read(path, Reading(text_column="body"), piece_bytes) == OF_ROWS
 
 
 def test_a_document_that_is_too_long_is_cut(tmp_path, monkeypatch):
@@ -116,6 +121,7 @@ BAD = {
     "list.jsonl": (b"[1]\n", "line 1: a JSON object is expected, not list"),
     "column.jsonl": (b'{"id": 1, "body": "a"}\n', "line 1: no column 'text' among id, body; name the column"),
     "number.jsonl": (b'{"text": "a"}\n{"text": 3}\n', "line 2: text is int, not text"),
+    "late.jsonl": (b'{"text": "' + LONG + b'"}\n' + b'{"text": "a"}\n' * 9 + b"[1]\n", "line 11: a JSON object is"),
     "latin1.jsonl": (b'{"text": "\xe9"}\n', "line 1, byte 10: 0xe9 is not UTF-8"),
     "text.parquet": (b"plain text, and long enough for a footer", "is no Parquet file, or damaged"),
 }
@@ -132,6 +138,20 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, name, piece_bytes):
     with pytest.raises(UserError) as caught:
         read(path, piece_bytes=piece_bytes)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_row_of_parquet_that_is_no_text_is_named(tmp_path):
+    """By its number in the file, whichever piece it is in."""
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"text": [1, 2, None]}), path, row_group_size=1)
+    messages = []
+    for piece in cut_into_pieces(find_files(str(path), "--input"), Reading(), 1):
+        try:
+            list(documents(piece, Reading()))
+        except UserError as error:
+            messages.append(str(error).removeprefix(f"{path}, "))
+    ending = "text is int, not text; name another one by --text_column."
+    assert messages == [f"row 0: {ending}", f"row 1: {ending}"]
 
 
 def test_a_parquet_file_without_the_column(tmp_path):

@@ -11,7 +11,7 @@ from helpers import DATA, MORE_DATA, SAMPLE_FILE, SAMPLE_SCHEMA, TINY_SCHEMA, TI
 
 from raybert.errors import UserError
 from raybert.example import decode
-from raybert.index import PAGE_RECORDS, check_shards, index_shard
+from raybert.index import PAGE_RECORDS, check_shards, index_beside, index_shard
 from raybert.storage import Directory, find_files
 from raybert.tfrecord import find_records, frame, write_tfrecord
 
@@ -185,6 +185,36 @@ def test_another_schema_is_another_index(tmp_path):
     assert build_index(path, TINY_SCHEMA, tmp_path / "index").num_samples == 20
     smaller = replace(TINY_SCHEMA, vocab_size=50)
     assert build_index(path, smaller, tmp_path / "index").num_samples < 20
+
+
+def test_an_index_beside_the_file_is_the_index_wherever_both_are_moved(tmp_path, monkeypatch):
+    """Then the file need not be read; and the cache holds it, too."""
+    (tmp_path / "made").mkdir()
+    path = write_samples(tmp_path / "made" / "a.tfrecord", 300, seed=1)
+    samples = np.arange(300)
+    read = build_index(path, TINY_SCHEMA, tmp_path / "read")
+    content = read.read(samples)
+    index_beside(Directory(str(path.parent)).file(path.name), TINY_SCHEMA)
+    (tmp_path / "made").rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / "a.tfrecord"
+    with monkeypatch.context() as patch:
+        patch.setattr("raybert.index.chunks", None)  # reading would fail
+        found, cached = (build_index(moved, TINY_SCHEMA, tmp_path / "cache") for _ in range(2))
+    assert found.digest == cached.digest == read.digest and found.shards[0].file.path == str(moved)
+    assert_same(found.read(samples), content)
+    os.utime(moved, ns=(0, 1))  # changed since, for all one knows
+    with pytest.raises(TypeError), monkeypatch.context() as patch:
+        patch.setattr("raybert.index.chunks", None)
+        build_index(moved, TINY_SCHEMA, tmp_path / "other")
+    assert build_index(moved, TINY_SCHEMA, tmp_path / "other").digest == read.digest
+
+
+def test_a_file_that_cannot_be_read_back_gets_no_index(tmp_path):
+    path = write_samples(tmp_path / "a.tfrecord", 20, seed=1)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(OSError, match="cannot be read back: record 19"):
+        index_beside(Directory(str(tmp_path)).file(path.name), TINY_SCHEMA)
+    assert not (tmp_path / "index").exists()
 
 
 def test_a_damaged_cache_entry_is_ignored(tmp_path):

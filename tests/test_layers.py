@@ -20,6 +20,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
         "jit",
         "notice",
         "order",
+        "processes",
         "progress",
         "retry",
         "scratch",

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import DATA, VOCAB_FILE, VOCABULARY, build_index
-from nodes import end_all
+from nodes import cluster, descendants, end_all, is_alive
 from outages import faulty_store, small_disk
 from runs import last_weights
 from tfrecord.reader import tfrecord_loader
@@ -24,6 +24,7 @@ from raybert.dataset import DATASET, MIN_DOCUMENTS, WORK, Settings, begin, make_
 from raybert.deck import read_parts
 from raybert.errors import UserError
 from raybert.example import Schema
+from raybert.index import INDEX
 from raybert.storage import Directory, find_files
 from raybert.wordpiece import CLS, SEP
 
@@ -43,8 +44,8 @@ def prepared(output, *more, text=TEXT):
 
 
 def contents(output):
-    """Every file's content."""
-    return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
+    """Every file's content, but that of the index, which holds when the shards were written."""
+    return {path.name: path.read_bytes() if path.is_file() else len([*path.iterdir()]) for path in output.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,7 @@ def test_what_is_made_is_what_training_reads(tmp_path):
     made = prepared(tmp_path / "out", "--dupe_factor", 3)
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [
         DATASET,
+        INDEX,
         *(f"samples-0000{number}-of-00003.tfrecord" for number in range(3)),
         "vocab.txt",
     ]
@@ -196,17 +198,56 @@ def start(environment):
 
 
 def test_the_workers_change_nothing(books, of_books, tmp_path, start):
-    """Ray tasks make the bytes that one process makes."""
+    """Processes make the bytes that one makes."""
     process = start(*arguments(tmp_path / "out", "--shard_mb", 1, "--dupe_factor", 2, "--workers", 3, text=books))
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert contents(tmp_path / "out") == contents(of_books)
 
 
-def test_a_killed_prepare_goes_on_and_ends_with_the_same_bytes(books, of_books, tmp_path, start):
+def test_a_node_dies_and_nothing_changes(books, of_books, tmp_path, start, environment):
+    """Ray Data makes them too, on a cluster that loses a node."""
+    output = tmp_path / "out"
+    with cluster(2) as nodes:
+        environment["RAY_ADDRESS"] = nodes.address
+        process = start(*arguments(output, "--shard_mb", 1, "--dupe_factor", 2, text=books))
+        while not list(output.glob(f"{WORK}/piece-*.json")):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        nodes.remove_node(nodes.list_all_nodes()[-1], allow_graceful=False)
+        printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    assert contents(output) == contents(of_books)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_killed_prepare_leaves_no_process(books, tmp_path, start, number):
+    """Neither the command's death nor that of one of its processes leaves the others behind."""
+    output = tmp_path / "out"
+    words = arguments(output, "--shard_mb", 1, "--dupe_factor", 2, "--workers", 2, text=books)
+    process = start(*words)
+    while not list(output.glob(f"{WORK}/piece-*.json")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    pids = [process.pid, *descendants(process.pid)]
+    os.kill(pids[number], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    if number:
+        assert process.returncode == 1 and "a process was killed; run the same command again" in printed, printed
+    deadline_s = time.monotonic() + 30
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    process = start(*words)  # it continues
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_killed_prepare_goes_on_and_ends_with_the_same_bytes(books, of_books, tmp_path, start, num_workers):
     """Killed at ever later moments; what is visible then is whole."""
     output, expected, kills = tmp_path / "out", contents(of_books), 0
-    words = arguments(output, "--shard_mb", 1, "--dupe_factor", 2, "--workers", 0, text=books)
+    words = arguments(output, "--shard_mb", 1, "--dupe_factor", 2, "--workers", num_workers, text=books)
     seen = set()
     for more in (1, 2, 1, 3, 6, 3, 4, 2, 1000):
         process = start(*words)
@@ -254,7 +295,8 @@ def test_input_and_output_in_a_bucket(tmp_path):
         words = ["--input", (text / "*.txt").uri, "--vocab", str(VOCAB_FILE), "--output", out.uri]
         assert cli.main(["prepare", *words, "--dupe_factor", "2", "--workers", "0"]) == 0
         names = [f"samples-0000{number}-of-00002.tfrecord" for number in range(2)]
-        assert out.names() == [DATASET, *names, "vocab.txt"]
+        assert out.names() == [DATASET, INDEX, *names, "vocab.txt"]
+        assert len((out / INDEX).names()) == 2
         assert all(out.read(name) == (tmp_path / "out" / name).read_bytes() for name in names)
 
 
@@ -317,7 +359,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, capsys, name):
     assert cli.main(words) == 0
 
 
-def test_bad_input_leaves_nothing_behind_on_ray(books, tmp_path, start):
+def test_bad_input_leaves_nothing_behind_in_other_processes(books, tmp_path, start):
     """Found by a task while others are at work."""
     (tmp_path / "text.txt").write_bytes(TEXT.read_bytes() + b"\xff")
     words = arguments(tmp_path / "out", "--shard_mb", 1, "--workers", 2, text=f"{tmp_path / 'text.txt'},{books}")
