@@ -167,3 +167,8 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def counted(number: int, noun: str) -> str:
+    """As in: 1 file, 1,234 files."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

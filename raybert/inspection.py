@@ -21,12 +21,13 @@ from rich.progress import track
 
 from raybert.census import Census, empty_census, take_census
 from raybert.compression import decompressed_chunks
+from raybert.display import counted
 from raybert.errors import UserError
 from raybert.example import Arrays, InvalidSampleError, Schema, bad_records, decode, sizes_of
 from raybert.jit import Ints
 from raybert.masking import unmasked
 from raybert.splitmix import mixed
-from raybert.storage import Directory, File, absolute, chunks, find_files, open_input
+from raybert.storage import File, absolute, chunks, containing, find_files, open_input
 from raybert.tfrecord import Records, walk
 from raybert.wordpiece import CLS, CONTINUATION, MASK, SEP, Vocabulary, read_vocabulary
 
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _vocabulary_beside(files: Sequence[File]) -> str:
-    folder = Directory(files[0].path.rpartition("/")[0])
+    folder, _ = containing(files[0].path)
     if not folder.exists("vocab.txt"):
         raise UserError(f"There is no vocab.txt beside {files[0].path}; name the vocabulary by --vocab.")
     return (folder / "vocab.txt").uri
@@ -331,8 +332,8 @@ def _warnings(found: Found, summary: dict[str, Any]) -> Iterator[str]:
 def lines(report: dict[str, Any]) -> Iterator[str]:
     """The report, line by line."""
     yield (
-        f"{report['samples']:,} samples in {report['files']:,} files ({report['bytes'] / 1e6:,.1f} MB): max_seq_length "
-        f"{report['max_seq_length']}, max_predictions_per_seq {report['max_predictions_per_seq']}"
+        f"{report['samples']:,} samples in {counted(report['files'], 'file')} ({report['bytes'] / 1e6:,.1f} MB): "
+        f"max_seq_length {report['max_seq_length']}, max_predictions_per_seq {report['max_predictions_per_seq']}"
     )
     yield (
         f"Tokens: {report['tokens']:,}, {report['tokens_per_sample']:.1f} a sample; {report['padding']:.1%} padding, "
@@ -375,10 +376,11 @@ def _write_plot(uri: str, census: Census) -> None:
     for axes, (title, counts) in zip(figure.subplots(1, 2), parts, strict=True):
         axes.bar(np.arange(len(counts)), counts, width=1)
         axes.set(xlabel=title, ylabel="samples", xlim=(-0.5, len(counts) - 0.5), yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    folder, _, name = absolute(uri).rpartition("/")
+    folder, name = containing(absolute(uri))
     try:
-        Directory(folder).write(name, buffer.getvalue())
+        folder.write(name, buffer.getvalue())
     except OSError as error:
         raise UserError(f"Cannot write {uri}: {error}; choose another --plot.") from error

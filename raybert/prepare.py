@@ -32,6 +32,7 @@ from raybert.dataset import (
     shard_tasks,
     tokenize_piece,
 )
+from raybert.display import counted
 from raybert.errors import UserError
 from raybert.options import add_reading, boolean, reading_of
 from raybert.processes import Run, in_processes
@@ -195,7 +196,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _report(output: str, made: dict[str, Any]) -> Iterable[str]:
     """What was made, what is odd about it, and how to train on it."""
     corpus, samples, settings = made["corpus"], made["samples"], made["plan"]["settings"]
-    num_shards, num_documents = _counted(len(made["shards"]), "shard"), _counted(corpus["documents"], "document")
+    num_shards, num_documents = counted(len(made["shards"]), "shard"), counted(corpus["documents"], "document")
     yield (
         f"{output}: {samples['samples']:,} samples in {num_shards}, of {num_documents} ({corpus['sentences']:,} "
         f"sentences, {corpus['tokens']:,} tokens)"
@@ -232,7 +233,3 @@ def warnings(made: dict[str, Any]) -> Iterator[str]:
         yield f"{corpus['empty']:,} documents are empty, and left out."
     if corpus["cut"]:
         yield f"documents of more than 16 MB were cut, {corpus['cut']:,} times."
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"

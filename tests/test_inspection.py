@@ -125,7 +125,7 @@ def test_larger_files_of_googles_script(capsys):
 def test_a_person_reads_the_same(three, capsys):
     assert cli.main(["inspect", str(three), "--vocab", str(VOCAB_FILE), "--samples", "1"]) == 0
     output = capsys.readouterr().out
-    assert "3 samples in 1 files" in output and "3.45% [UNK]" in output
+    assert "3 samples in 1 file " in output and "3.45% [UNK]" in output
     assert "Next sentences: 33.3% random (label 1)" in output
     assert output.count("(next) [CLS] [MASK=the] [dog=cat] sat") == 3  # among the longest, the shortest and the first
     assert "WARNING: 3 samples are few to learn from" in output
