@@ -361,10 +361,11 @@ class Saver:
             self._warn(f"Checkpoint at step {waiting.step} left out: the one before is still being written.")
         copy = host_copy(state, into)
         with self._lock:
-            self._next = copy
-            self._news.set()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._write_all, name="checkpoint")
+            if self._thread is not None:
+                self._next = copy
+                self._news.set()
+            else:
+                self._thread = threading.Thread(target=self._write_all, args=([copy],), name="checkpoint")
                 self._thread.start()
 
     def finish(self, state: TrainState, records: Sequence[StepRecord]) -> None:
@@ -393,11 +394,13 @@ class Saver:
         self._news.set()
         self.wait()
 
-    def _write_all(self) -> None:
-        while (copy := self._take()) is not None:
+    def _write_all(self, first: list[HostCopy]) -> None:
+        copy: HostCopy | None = first.pop()  # a thread keeps its arguments until it has ended
+        while copy is not None:
             self._write(copy)
             with self._lock:
                 self._written = copy
+            copy = self._take()
 
     def _take(self) -> HostCopy | None:
         with self._lock:

@@ -307,19 +307,53 @@ def parse_example(payload: bytes, schema: Schema) -> Arrays:
     return {**sample, "next_sentence_labels": sample["next_sentence_labels"].reshape(())}
 
 
+_EXAMPLE = """
+name: "example.proto"  package: "raybert"  syntax: "proto3"
+message_type { name: "Int64List"  field { name: "value"  number: 1  label: LABEL_REPEATED  type: TYPE_INT64 } }
+message_type { name: "FloatList"  field { name: "value"  number: 1  label: LABEL_REPEATED  type: TYPE_FLOAT } }
+message_type { name: "BytesList"  field { name: "value"  number: 1  label: LABEL_REPEATED  type: TYPE_BYTES } }
+message_type {
+  name: "Feature"
+  oneof_decl { name: "kind" }
+  field { name: "bytes_list"  number: 1  type: TYPE_MESSAGE  type_name: ".raybert.BytesList"  oneof_index: 0 }
+  field { name: "float_list"  number: 2  type: TYPE_MESSAGE  type_name: ".raybert.FloatList"  oneof_index: 0 }
+  field { name: "int64_list"  number: 3  type: TYPE_MESSAGE  type_name: ".raybert.Int64List"  oneof_index: 0 }
+}
+message_type {
+  name: "Features"
+  field { name: "feature"  number: 1  label: LABEL_REPEATED  type: TYPE_MESSAGE  type_name: ".raybert.Features.Entry" }
+  nested_type {
+    name: "Entry"
+    field { name: "key"  number: 1  type: TYPE_STRING }
+    field { name: "value"  number: 2  type: TYPE_MESSAGE  type_name: ".raybert.Feature" }
+    options { map_entry: true }
+  }
+}
+message_type {
+  name: "Example"
+  field { name: "features"  number: 1  type: TYPE_MESSAGE  type_name: ".raybert.Features" }
+}
+"""  # as in tensorflow/core/example; the wire knows no names
+
+
 @functools.cache
 def _example() -> Any:
-    """The Example message. Imported when first needed, since the `tfrecord` package imports torch, seconds long."""
-    from tfrecord import example_pb2
+    """The Example message, of a pool of its own: in the common one TensorFlow's clashes with the tfrecord package's.
 
-    return example_pb2
+    Imported when first needed: most records go without it.
+    """
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("raybert.Example"))
 
 
 def _features(payload: bytes) -> Mapping[str, Any]:
     from google.protobuf.message import DecodeError
 
     try:
-        return cast(Mapping[str, Any], _example().Example.FromString(payload).features.feature)
+        return cast(Mapping[str, Any], _example().FromString(payload).features.feature)
     except DecodeError as error:
         found = f"a payload of {len(payload)} bytes that is no protobuf"
         raise InvalidSampleError(found, "a tf.train.Example") from error
@@ -440,8 +474,7 @@ def _complaint(records: Records, i: int, schema: Schema) -> tuple[str, str]:
 
 def encode_example(sample: Mapping[str, npt.ArrayLike]) -> bytes:
     """One sample as a serialized tf.train.Example, floats as float_list and integers as int64_list; keys sorted."""
-    messages = _example()
-    example = messages.Example()
+    example = _example()()
     for name, values in sample.items():
         array = np.atleast_1d(values)
         feature = example.features.feature[name]

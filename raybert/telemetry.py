@@ -8,15 +8,18 @@ nothing: metrics.jsonl is written later, TensorBoard has a gap.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from raybert.retry import outlast_blip
 from raybert.storage import Directory
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS, SUMMARIES, SUMMARY = "metrics.jsonl", "summaries", "training_summary.txt"
 TRAIN, EVAL = "train", "eval"
@@ -53,6 +56,9 @@ class Telemetry:
             self._boards.pop(kind, None)  # it never writes again; the next has a file of its own
 
     def _board(self, kind: str, purge_step: int) -> SummaryWriter:
+        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))  # or an installed TensorFlow is loaded
+        from torch.utils.tensorboard import SummaryWriter
+
         return SummaryWriter(str(self._path / SUMMARIES / kind), purge_step=purge_step)
 
     def _write_lines(self) -> None:

@@ -248,6 +248,28 @@ def test_a_peer_reads_what_we_encode(tmp_path):
     assert messages == [example_pb2.Example.FromString(payload) for payload in PAYLOADS]
 
 
+def test_messages_of_tensorflow_and_of_the_tfrecord_package_are_no_matter():
+    """Both are named tensorflow.Example, in files that clash; ours go with either."""
+    code = """
+from google.protobuf import descriptor_pb2, descriptor_pool
+file = descriptor_pb2.FileDescriptorProto(name="tensorflow/core/example/feature.proto", package="tensorflow")
+for name in ("BytesList", "FloatList", "Int64List", "Feature", "Features", "Example"):
+    file.message_type.add(name=name)
+descriptor_pool.Default().Add(file)
+from raybert.example import encode_example
+print(encode_example({"next_sentence_labels": [1]}).hex())
+try:
+    import tfrecord.example_pb2
+    print("no clash")
+except TypeError:
+    print("clash")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = example_pb2.Example()
+    expected.features.feature["next_sentence_labels"].int64_list.value.append(1)
+    assert done.stdout.split("\n")[:2] == [expected.SerializeToString().hex(), "clash"]
+
+
 def test_we_read_what_a_peer_writes(tmp_path):
     writer = TFRecordWriter(str(tmp_path / "theirs"))
     kinds = {name: "float" if name == "masked_lm_weights" else "int" for name in NAMES}

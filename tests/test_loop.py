@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 from helpers import TINY_MODEL, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import raybert
 from raybert.batch import micro_batch
 from raybert.cadence import Past
 from raybert.evaluate import evaluate, unigram_loss
@@ -267,6 +271,22 @@ def test_metrics_go_to_lines_and_to_tensorboard(run, tmp_path):
     ]
     assert board(run, TRAIN) == {"training_loss": [(2, 2.0), (4, 4.0)], "learning_rate": [(2, 0.5), (4, 0.5)]}
     assert board(run, EVAL) == {"lm_example_loss": [(4, -4.0)]}
+
+
+def test_an_installed_tensorflow_is_not_loaded(run, tmp_path):
+    """TensorBoard would, half a gigabyte and seconds of it in every worker."""
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('TensorFlow is loaded')")
+    code = f"""
+from pathlib import Path
+from raybert.storage import Directory
+from raybert.telemetry import Telemetry
+telemetry = Telemetry(Directory({run.uri!r}), 0, Path({str(tmp_path)!r}), print)
+telemetry.log("train", 1, {{"training_loss": 2.0}})
+telemetry.close()
+"""
+    path = f"{tmp_path}:{Path(raybert.__file__).parents[1]}"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, check=True)
+    assert board(run, TRAIN) == {"training_loss": [(1, 2.0)]}
 
 
 @pytest.mark.parametrize("start_step", [0, 1, 4, 5, 8, 10])
