@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ from raybert.example import Arrays, InvalidSampleError, Schema, bad_records, dec
 from raybert.jit import Ints
 from raybert.masking import unmasked
 from raybert.splitmix import mixed
-from raybert.storage import Directory, File, absolute, chunks, find_files, open_input
+from raybert.storage import Directory, File, chunks, find_files, open_input, place_of
 from raybert.tfrecord import Records, walk
 from raybert.wordpiece import CLS, CONTINUATION, MASK, SEP, Vocabulary, read_vocabulary
 
@@ -362,23 +361,19 @@ def _write_plot(uri: str, census: Census) -> None:
     """Histograms of lengths and of predictions, as a PNG.
 
     Raises:
-        UserError: matplotlib is missing, or the file cannot be written.
+        UserError: the file cannot be written.
     """
+    from raybert.canvas import LIGHT, new_figure, place, png, write  # which takes a moment that others need not wait
+
+    figure = new_figure(860, 260)
+    parts = (("Tokens of a sample", census.lengths), ("Masked places of a sample", census.predictions))
+    for left, (title, counts) in zip((0, 440), parts, strict=True):
+        write(figure, left, 4, title, size=13.5, weight="bold")
+        axes = place(figure, left + 50, 40, 360, 190)
+        axes.bar(np.arange(len(counts)), counts, width=1, color=LIGHT["train"])
+        axes.set(ylabel="samples", xlim=(-0.5, len(counts) - 0.5), yscale="log")
+    folder, name = place_of(uri)
     try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "--plot needs matplotlib, which is not installed; run `pip install 'raybert[plot]'`."
-        ) from error
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    parts = (("tokens of a sample", census.lengths), ("masked places of a sample", census.predictions))
-    for axes, (title, counts) in zip(figure.subplots(1, 2), parts, strict=True):
-        axes.bar(np.arange(len(counts)), counts, width=1)
-        axes.set(xlabel=title, ylabel="samples", xlim=(-0.5, len(counts) - 0.5), yscale="log")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    folder, _, name = absolute(uri).rpartition("/")
-    try:
-        Directory(folder).write(name, buffer.getvalue())
+        folder.write(name, png(figure))
     except OSError as error:
         raise UserError(f"Cannot write {uri}: {error}; choose another --plot.") from error

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raybert import cluster, ingest, preflight
 from raybert.begin import Begin
+from raybert.chronicle import BASELINES, REPORT, SKIPPED
 from raybert.compression import compression
 from raybert.config import ClusterConfig, Config
 from raybert.config_file import CONFIG, config_to_yaml
@@ -47,7 +48,6 @@ from raybert.storage import Directory, File, find_files, local_file, open_input
 from raybert.telemetry import EVAL, read_metrics
 from raybert.worker import VOCABULARY, Job, train_ray_worker, train_worker
 
-SKIPPED, BASELINES = "skipped_records.json", "baselines.json"
 POLL_S = 0.3
 END_S = 10.0  # that an interrupted run's controller may take to end
 SHORTAGE_S = 60.0  # between two looks at whether the run waits for nodes
@@ -146,12 +146,25 @@ def _train(
 
     order, remasking = preflight.sample_order(config, index), preflight.remasking(config)
     job = Job(config, run_dir, order, index, evaluation, identity, tell, remasking=remasking)
-    with ledger:
-        if config.cluster.worker_range()[1] == 0:
-            _fit_here(job)
-        else:
-            with scratch() as local:
-                _fit(job, display, ledger, local)
+    try:
+        with ledger:
+            if config.cluster.worker_range()[1] == 0:
+                _fit_here(job)
+            else:
+                with scratch() as local:
+                    _fit(job, display, ledger, local)
+    finally:
+        _write_report(run_dir, display)
+
+
+def _write_report(run_dir: Directory, display: Display) -> None:
+    """However the run has ended; whatever goes wrong here, even an import, is no matter of the run's."""
+    try:
+        from raybert.report import write_report
+
+        write_report(run_dir, run_dir)
+    except Exception as error:
+        display.warn(f"the report is not drawn ({error}); `python run.py report {run_dir.uri}` draws it later.")
 
 
 def _index(files: Sequence[File], option: str, config: Config, run_dir: Directory, display: Display) -> Index:
@@ -390,6 +403,8 @@ def _print_result(run_dir: Directory, config: Config, display: Display) -> None:
     if evaluations and run_dir.exists(BASELINES):
         display.held_out(evaluations[-1], json.loads(run_dir.read(BASELINES)))
     _print_cost(run_dir, config, display)
+    if run_dir.exists(REPORT):
+        display.line(f"Report: {(run_dir / REPORT).uri}")
     display.line(f"Checkpoint: {checkpoint.directory.uri}")
     display.line("Open it with transformers:")
     model = f'BertForPreTraining.from_pretrained("{checkpoint.directory.uri}")'

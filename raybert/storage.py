@@ -208,6 +208,13 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri else resolve(uri)[1]
 
 
+def place_of(uri: str) -> tuple[Directory, str]:
+    """The directory that a file is in, and its name there."""
+    place, query = _split_query(absolute(uri))
+    folder, _, name = place.rpartition("/")
+    return Directory((folder or "/") + query), name
+
+
 @dataclass(frozen=True)
 class Directory:
     """A directory of the user's storage. Names are relative to it; object stores need no directories to exist."""
