@@ -16,9 +16,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLo
 
 from raybert.canvas import LIGHT, SMALL, key, new_figure, new_panel, place, write
 from raybert.chronicle import Chronicle, Row, step_time_s
-from raybert.display import duration
 from raybert.entry import DRIVER_LOST, FINISHED, INTERRUPTED, Entry
 from raybert.goodput import AttemptSummary
+from raybert.view import duration
 
 Floats = npt.NDArray[np.float64]
 
@@ -96,7 +96,7 @@ def draw(chronicle: Chronicle) -> Iterator[Chart]:
         ("nsp_accuracy", "Next sentence accuracy", ("next_sentence_accuracy",) * 2, percent, FREE,
          chronicle.baselines.get("majority_next_sentence_accuracy")),
         ("learning_rate", "Learning rate", ("learning_rate",), "{:.2e}".format, ZERO, None),
-        ("gradient_norm", "Gradient norm", ("grad_norm",), "{:.3g}".format, LOG, None),
+        ("gradient_norm", "Gradient norm", ("grad_norm",), count, LOG, None),
         ("tokens_per_s", "Tokens a second", ("tokens_per_s",), count, ZERO, None),
         ("mfu", "Model FLOPs utilization", ("mfu",), percent, ZERO, None),
         *([] if _has(chronicle, "mfu") else [("flops_per_s", "Model FLOP/s", ("flops_per_s",), count, ZERO, None)]),
@@ -137,13 +137,15 @@ def curves(
     """
     figure, axes = new_panel(*PANEL, title)
     committed = math.inf if chronicle.state == "complete" else chronicle.committed_step
-    told = []
+    told: list[tuple[str, str]] = []
+    drawn: list[Floats] = []
     for line in (line for line in lines if line.rows):
         steps, values = _points(line.rows, line.metric)
         _curve(axes, steps, values, line.colour, committed)
         if line.overridden:
             axes.plot(*_points(line.overridden, line.metric), color=LIGHT[line.colour], alpha=0.25, linewidth=1)
         finite = values[np.isfinite(values)]
+        drawn.append(finite)
         if len(finite) < len(values):
             _mark_lost(axes, steps[~np.isfinite(values)])
         told.append((line.name, spell(float(finite[-1])) if len(finite) else "not finite"))
@@ -153,7 +155,7 @@ def curves(
         key(figure, len(told) * KEY_WIDTH, 27, f"guessing {spell(guess)}", "muted", marker="_")
         told.append(("guessing by frequency", spell(guess)))
     _steps_axis(axes, chronicle)
-    _values_axis(axes, spell, axis)
+    _values_axis(axes, np.concatenate(drawn), spell, axis)
     for _, step, kind in attempt_begins(chronicle):
         axes.axvline(step, color=LIGHT[MARKERS[kind][0]], linewidth=1, alpha=0.55, zorder=0.5)
         axes.plot(step, 1, marker="v", color=LIGHT[MARKERS[kind][0]], markersize=5, markeredgewidth=0, clip_on=False,
@@ -203,10 +205,9 @@ def _steps_axis(axes: Axes, chronicle: Chronicle) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: compact(step) if step else "step 0"))
 
 
-def _values_axis(axes: Axes, spell: Callable[[float], str], axis: str) -> None:
-    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.zeros(0)])
-    drawn = drawn[np.isfinite(drawn)]
-    if axis == LOG and len(drawn) and drawn.min() > 0 and drawn.max() > LOG_RANGE * drawn.min():
+def _values_axis(axes: Axes, values: Floats, spell: Callable[[float], str], axis: str) -> None:
+    """By the finite values that are drawn."""
+    if axis == LOG and len(values) and values.min() > 0 and values.max() > LOG_RANGE * values.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(NullLocator())

@@ -71,6 +71,7 @@ def run(config: Config, verbose: bool = False) -> int:
             preflight.check_run_dir(run_dir, display.warn)
             return _run(config, run_dir, display, verbose)
         except KeyboardInterrupt:
+            display.freeze()
             display.line(f"Interrupted; the same command resumes the run in {run_dir.uri}.")
             return 128 + (received[0] if received else signal.SIGINT)
 
@@ -142,7 +143,7 @@ def _train(
 
     def tell(event: Event) -> None:
         ledger.show(event)
-        display.show(event)
+        display.show(event, ledger.goodput() if event.kind == "train" else None)
 
     order, remasking = preflight.sample_order(config, index), preflight.remasking(config)
     job = Job(config, run_dir, order, index, evaluation, identity, tell, remasking=remasking)
@@ -397,6 +398,7 @@ def _trainer_class(config: ClusterConfig, post: Post, warn: Callable[[str], None
 
 def _print_result(run_dir: Directory, config: Config, display: Display) -> None:
     """Where the run stands: held-out metrics beside what guessing reaches, what it cost, and how to open it."""
+    display.freeze()
     checkpoint = outlast_blip(lambda: newest_checkpoint(run_dir, display.warn))
     assert checkpoint is not None
     evaluations = [row for row in read_metrics(run_dir) if row["kind"] == EVAL]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from raybert.charts import Chart, compact, end_of, state_names
 from raybert.chronicle import Card, Chronicle, Row, metrics_table
 from raybert.config import Config
 from raybert.config_file import SECTIONS
-from raybert.display import duration
+from raybert.view import duration
 
 MAX_ROWS = 24  # of the table of metrics
 MAX_SKIPPED = 50  # records that are listed
@@ -73,9 +74,9 @@ def _tiles(chronicle: Chronicle) -> Iterator[tuple[str, str, str]]:
         ("MLM accuracy", "masked_lm_accuracy", "masked_lm_accuracy", "{:.1%}"),
         ("NSP accuracy", "next_sentence_accuracy", "next_sentence_accuracy", "{:.1%}"),
     ):
-        trained = spell.format(train[of_train]) if of_train in train else ""
+        trained = _spelt(train[of_train], spell) if of_train in train else ""
         if of_held_out in held_out:
-            yield f"Held-out {name}", spell.format(held_out[of_held_out]), f"train {trained}" if trained else ""
+            yield f"Held-out {name}", _spelt(held_out[of_held_out], spell), f"train {trained}" if trained else ""
         elif trained:
             yield f"Train {name}", trained, ""
     if config and chronicle.cards:
@@ -88,6 +89,10 @@ def _tiles(chronicle: Chronicle) -> Iterator[tuple[str, str, str]]:
         yield "Goodput", f"{summary.goodput:.1%}", f"of {duration(summary.wall_s)}"
         if summary.cost is not None:
             yield "Cost", f"{summary.cost:,.2f}", f"{summary.useful_cost or 0:,.2f} useful"
+
+
+def _spelt(value: float, spell: str) -> str:
+    return spell.format(value) if math.isfinite(value) else "not finite"
 
 
 def _attempts(chronicle: Chronicle) -> Iterator[dict[str, Any]]:
@@ -171,7 +176,7 @@ def _table(rows: Sequence[Row], loss: str) -> dict[str, Any]:
     columns = {"Loss": (loss, "{:.4f}")} | COLUMNS
     told = {name: column for name, column in columns.items() if any(column[0] in row for row in rows)}
     shown = [
-        [f"{row['step']:,}", *(spell.format(row[metric]) if metric in row else "" for metric, spell in told.values())]
+        [f"{row['step']:,}", *(_spelt(row[metric], spell) if metric in row else "" for metric, spell in told.values())]
         for row in metrics_table(rows, MAX_ROWS)
     ]
     return {"columns": ["Step", *told], "rows": shown, "count": len(rows)}

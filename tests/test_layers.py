@@ -27,6 +27,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
         "snapshot",
         "splitmix",
         "straggler",
+        "view",
     ),
     ("chance", "checks", "config_file", "crc", "deal", "display", "flops", "inbox", "model_garden", "storage"),
     ("compression", "entry", "history", "manifest", "wordpiece"),

@@ -120,6 +120,7 @@ def first_step(run):
     driver = Driver(run)
     driver.at(1010).begin(1)
     driver.at(1012).train(1, 1.0)
+    driver.checkpoint(1)
     driver.at(1013).ledger.end(FINISHED)
     log(run, 1)
     commit(run, 1, 1)
@@ -190,7 +191,7 @@ RUNS = {
     still_running: (ALWAYS | LEDGERS | {"nsp_accuracy", "flops_per_s"}, ["cut off", "has not ended"]),
     first_step: (ALWAYS | LEDGERS | {"nsp_accuracy", "flops_per_s"}, ["complete", "of 1"]),
     masked_lm_only: (ALWAYS | {"flops_per_s"}, ["6.800"]),
-    not_finite: (ALWAYS | {"nsp_accuracy", "flops_per_s"}, ["train 6.700"]),
+    not_finite: (ALWAYS | {"nsp_accuracy", "flops_per_s"}, ["train 6.700", "Train loss not finite"]),
     nothing_finite: (ALWAYS | {"nsp_accuracy", "flops_per_s"}, ["train not finite"]),
     long: (ALWAYS | {"nsp_accuracy", "flops_per_s"}, ["50,000", "1,000", "50k"]),
     on_gpus: (ALWAYS | {"nsp_accuracy", "mfu"}, ["train 42.0%"]),
