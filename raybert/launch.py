@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +74,7 @@ def run(config: Config, verbose: bool = False) -> int:
         except KeyboardInterrupt:
             display.freeze()
             display.line(f"Interrupted; the same command resumes the run in {run_dir.uri}.")
+            _write_report(run_dir, display)  # last: who stops a job may wait for seconds only
             return 128 + (received[0] if received else signal.SIGINT)
 
 
@@ -155,15 +157,17 @@ def _train(
                 with scratch() as local:
                     _fit(job, display, ledger, local)
     finally:
-        _write_report(run_dir, display)
+        if not isinstance(sys.exception(), KeyboardInterrupt):
+            _write_report(run_dir, display)
 
 
 def _write_report(run_dir: Directory, display: Display) -> None:
-    """However the run has ended; whatever goes wrong here, even an import, is no matter of the run's."""
+    """Of a run, however it has ended; whatever goes wrong here, even an import, is no matter of the run's."""
     try:
         from raybert.report import write_report
 
-        write_report(run_dir, run_dir)
+        if run_dir.exists(CONFIG):
+            write_report(run_dir, run_dir)
     except Exception as error:
         display.warn(f"the report is not drawn ({error}); `python run.py report {run_dir.uri}` draws it later.")
 

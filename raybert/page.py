@@ -67,28 +67,36 @@ def _figure(chart: Chart) -> dict[str, Any]:
 def _tiles(chronicle: Chronicle) -> Iterator[tuple[str, str, str]]:
     """What the run came to: a name, a number, and what else is to be said of it."""
     config, summary = chronicle.config, chronicle.summary
-    yield "Steps", f"{chronicle.last_step:,}", f"of {chronicle.num_steps:,}"
+    epochs = _epochs(chronicle)
+    told = "" if epochs is None else f", {epochs:.3g} epochs"
+    yield "Steps", f"{chronicle.last_step:,}", f"of {chronicle.num_steps:,}{told}"
     train, held_out = ((rows.kept[-1] if rows.kept else {}) for rows in (chronicle.train, chronicle.held_out))
     for name, of_train, of_held_out, spell in (
-        ("loss", "training_loss", "loss", "{:.3f}"),
+        ("Loss", "training_loss", "loss", "{:.3f}"),
         ("MLM accuracy", "masked_lm_accuracy", "masked_lm_accuracy", "{:.1%}"),
         ("NSP accuracy", "next_sentence_accuracy", "next_sentence_accuracy", "{:.1%}"),
     ):
         trained = _spelt(train[of_train], spell) if of_train in train else ""
         if of_held_out in held_out:
-            yield f"Held-out {name}", _spelt(held_out[of_held_out], spell), f"train {trained}" if trained else ""
+            beside = f"held-out, train {trained}" if trained else "held-out"
+            yield name, _spelt(held_out[of_held_out], spell), beside
         elif trained:
-            yield f"Train {name}", trained, ""
-    if config and chronicle.cards:
-        num_samples = chronicle.last_step * config.training.global_batch_size
-        epochs = num_samples / max(1, chronicle.cards[0].num_samples)
-        yield "Samples", compact(num_samples), f"{epochs:.2f} epochs"
-        if chronicle.tokens_per_sample is not None:
-            yield "Tokens", compact(num_samples * chronicle.tokens_per_sample), "without padding"
+            yield name, trained, "train"
+    if config:
+        num_samples, per_sample = chronicle.last_step * config.training.global_batch_size, chronicle.tokens_per_sample
+        tokens = "" if per_sample is None else f"{compact(num_samples * per_sample)} tokens"
+        yield "Samples", compact(num_samples), tokens
     if summary:
         yield "Goodput", f"{summary.goodput:.1%}", f"of {duration(summary.wall_s)}"
         if summary.cost is not None:
             yield "Cost", f"{summary.cost:,.2f}", f"{summary.useful_cost or 0:,.2f} useful"
+
+
+def _epochs(chronicle: Chronicle) -> float | None:
+    if chronicle.config is None or not chronicle.cards:
+        return None
+    num_samples = chronicle.last_step * chronicle.config.training.global_batch_size
+    return num_samples / max(1, chronicle.cards[0].num_samples)
 
 
 def _spelt(value: float, spell: str) -> str:

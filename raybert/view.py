@@ -12,6 +12,7 @@ from rich.text import Text
 LABEL, GAP = 10, 3  # columns: of a row's label, between two of its fields
 MAX_WIDTH = 100  # a bar that is longer says no more
 SPARKS, SPARK_WIDTH = "▁▂▃▄▅▆▇█", 24
+SPARK_LOG = 20.0  # the larger, the more is seen of what is small beside the first losses
 DIM, ACCENT, HELD_OUT = "bright_black", "green", "yellow"
 
 
@@ -132,9 +133,13 @@ def sparkline(values: Sequence[float], width: int) -> str:
     finite = [mean for mean in means if not math.isnan(mean)]
     if not finite:
         return " " * len(means)
-    low, most = min(finite), len(SPARKS) - 1
-    scale = most / ((max(finite) - low) or 1.0)
-    return "".join(" " if math.isnan(mean) else SPARKS[round((mean - low) * scale)] for mean in means)
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+
+    def spark(mean: float) -> str:
+        height = math.log1p(SPARK_LOG * (mean - low) / span) / math.log1p(SPARK_LOG)
+        return SPARKS[round(height * (len(SPARKS) - 1))]
+
+    return "".join(" " if math.isnan(mean) else spark(mean) for mean in means)
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -164,6 +165,11 @@ def test_a_terminal_has_a_block_that_is_kept_up_to_date():
     ]
 
 
+def test_a_run_that_is_done_has_no_time_left():
+    last = replace(FULL, step=FULL.num_steps)
+    assert block(last, 80, 1000.0)[1].plain.endswith("  1,000,000/1,000,000  100%")
+
+
 def test_what_comes_after_a_block_that_is_frozen_stands_below_it():
     output = StringIO()
     with Display(100, Console(file=output, force_terminal=True, width=80)) as display:
@@ -218,7 +224,7 @@ def test_a_block_at_sixty_columns():
     assert [line.plain.rstrip() for line in block(FULL, 60, 1000.0)] == [
         "",
         "━━━━━━━━━━━━━━━━━━━━━━━━  123,456/1,000,000  12%  2h13m left",
-        "loss      9.877   ██▇▇▇▆▆▆▆▅▅▅▄▄▄▃▃▃▂▂▂▁▁▁   7.240 held-out",
+        "loss      9.877   █████▇▇▇▇▇▇▇▆▆▆▆▅▅▅▄▄▃▂▁   7.240 held-out",
         "mlm acc   0.123   0.100 held-out",
         "nsp acc   0.500   0.600 held-out",
         "speed     12,346 samples/s   1,234,568 tokens/s   45.1% mfu",
@@ -234,10 +240,10 @@ def test_a_block_at_sixty_columns():
     [
         ([], ""),
         ([5.0], "▁"),
-        ([1.0, 2.0, 3.0], "▁▅█"),
+        ([1.0, 2.0, 3.0], "▁▇█"),
         ([math.nan, 1.0, math.inf, 2.0], " ▁ █"),
         ([math.nan], " "),
-        (list(range(16)), "▁▂▃▄▅▆▇█"),
+        (list(range(16)), "▁▄▅▆▇▇██"),
     ],
 )
 def test_a_sparkline(values, line):

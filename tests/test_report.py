@@ -191,7 +191,7 @@ RUNS = {
     still_running: (ALWAYS | LEDGERS | {"nsp_accuracy", "flops_per_s"}, ["cut off", "has not ended"]),
     first_step: (ALWAYS | LEDGERS | {"nsp_accuracy", "flops_per_s"}, ["complete", "of 1"]),
     masked_lm_only: (ALWAYS | {"flops_per_s"}, ["6.800"]),
-    not_finite: (ALWAYS | {"nsp_accuracy", "flops_per_s"}, ["train 6.700", "Train loss not finite"]),
+    not_finite: (ALWAYS | {"nsp_accuracy", "flops_per_s"}, ["train 6.700", "Loss not finite train"]),
     nothing_finite: (ALWAYS | {"nsp_accuracy", "flops_per_s"}, ["train not finite"]),
     long: (ALWAYS | {"nsp_accuracy", "flops_per_s"}, ["50,000", "1,000", "50k"]),
     on_gpus: (ALWAYS | {"nsp_accuracy", "mfu"}, ["train 42.0%"]),
@@ -260,6 +260,15 @@ def test_a_page_needs_nothing_else(run):
     assert places == ["data:,"]
     links = [attributes["xlink:href"] for _, attributes in page.elements if "xlink:href" in attributes]
     assert links and all(link.startswith("#") for link in links)
+
+
+def test_a_run_in_a_bucket_has_its_report_there(bucket, capsys):
+    run = Directory(f"{bucket}/runs/first")
+    complete(run)
+    assert cli.main(["report", run.uri]) == 0 and cli.main(["report", run.uri, "--output", f"{bucket}/x/y.html"]) == 0
+    assert capsys.readouterr().out == f"Report: {run.uri}/{REPORT}\nReport: {bucket}/x/y.html\n"
+    assert run.exists("report/loss.png") and Directory(f"{bucket}/x").names() == ["y", "y.html"]
+    assert "a worker died" in Page(read_page(run)).text
 
 
 def test_what_is_the_users_is_escaped(tmp_path):
@@ -360,7 +369,7 @@ def test_a_run_ends_with_its_report(run, config, capsys):
     assert train(config) == 0
     assert f"Report: {run.uri}/{REPORT}" in capsys.readouterr().out.splitlines()
     text = Page(read_page(run)).text
-    for known in ("complete", "of 20", "Held-out loss", "500", "Masked a sample", "Guessing by token frequency",
+    for known in ("complete", "of 20", "held-out, train", "500", "Masked a sample", "Guessing by token frequency",
                   "training.num_steps", "All of config.yaml", "2 of 2 rows of metrics.jsonl", "finished"):  # fmt: skip
         assert known in text
     assert {"timeline.png", "loss.png", "goodput.png"} <= set((run / "report").names())
