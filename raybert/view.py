@@ -99,12 +99,11 @@ def _held_out(metrics: Mapping[str, float], name: str, spell: str) -> list[Text]
 def _progress(view: View, width: int, now_s: float, is_ascii: bool) -> Text:
     """A bar, and beside it how far the run is."""
     share = view.step / view.num_steps if view.num_steps else 0.0
-    left = "" if view.end_at_s is None else f"  {duration(max(0.0, view.end_at_s - now_s))} left"
-    behind = Text.assemble(
-        (f"  {view.step:,}/{view.num_steps:,}", "bold"),
-        f"  {share:.0%}",
-        (f"  {view.status}" if view.status else left, DIM),
-    )
+    is_timed = view.end_at_s is not None and view.step < view.num_steps
+    left = f"{duration(max(0.0, (view.end_at_s or 0.0) - now_s))} left" if is_timed else ""
+    told = view.status or left
+    more = (f"  {told}" if told else "", DIM)
+    behind = Text.assemble((f"  {view.step:,}/{view.num_steps:,}", "bold"), f"  {share:.0%}", more)
     room = max(4, width - cell_len(behind.plain))
     full, empty = ("#", "-") if is_ascii else ("━", "━")
     done = min(room, int(share * room))
