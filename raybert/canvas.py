@@ -38,21 +38,14 @@ COLOURS: Mapping[str, tuple[str, str]] = {  # on a light and on a dark page
 LIGHT: Mapping[str, str] = {name: light for name, (light, _) in COLOURS.items()}
 FONTS = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")  # the last is matplotlib's
 TITLE, TEXT, SMALL = 13.5, 11.0, 10.5  # sizes of type
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 58, 26  # margins of a panel
-PNG_SCALE = 2.5
+PNG_SCALE, PNG_MARGIN = 2.5, 14 / 72
 
 
-def new_figure(width: int, height: int) -> Figure:
-    """An empty figure."""
-    return Figure(figsize=(width / 72, height / 72), facecolor=LIGHT["surface"])
-
-
-def new_panel(width: int, height: int, title: str) -> tuple[Figure, Axes]:
-    """A figure of one panel under its title."""
-    figure = new_figure(width, height)
-    axes = place(figure, LEFT, TOP, width - LEFT - RIGHT, height - TOP - BOTTOM)
+def new_figure(width: int, height: int, title: str) -> Figure:
+    """An empty figure under its title."""
+    figure = Figure(figsize=(width / 72, height / 72), facecolor=LIGHT["surface"])
     write(figure, 0, 4, title, size=TITLE, weight="bold")
-    return figure, axes
+    return figure
 
 
 def place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
@@ -66,7 +59,9 @@ def place(figure: Figure, left: float, top: float, width: float, height: float) 
     axes.spines["bottom"].set(color=LIGHT["grid"], linewidth=1)
     axes.grid(axis="y", color=LIGHT["grid"], linewidth=1)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=SMALL, labelcolor=LIGHT["muted"], pad=6)
+    axes.tick_params(which="both", length=0, labelsize=SMALL, labelcolor=LIGHT["muted"], pad=6)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=LIGHT["muted"], fontsize=SMALL)
     return axes
 
 
@@ -80,9 +75,9 @@ def write(figure: Figure, x: float, y: float, text: str, colour: str = "ink", si
 def key(figure: Figure, x: float, y: float, text: str, colour: str, marker: str = "o") -> None:
     """A mark in a colour, and what it stands for."""
     width, height = figure.get_size_inches() * 72
-    place = [(x + 4) / width], [1 - (y + 0.62 * TEXT) / height]
+    middle = [(x + 4) / width], [1 - (y + 0.62 * TEXT) / height]
     edge = 2 if marker == "_" else 0
-    figure.add_artist(Line2D(*place, marker=marker, markersize=7, color=LIGHT[colour], markeredgewidth=edge))
+    figure.add_artist(Line2D(*middle, marker=marker, markersize=7, color=LIGHT[colour], markeredgewidth=edge))
     write(figure, x + 12, y, text, "muted")
 
 
@@ -90,7 +85,7 @@ def png(figure: Figure) -> bytes:
     """The figure as a picture on white."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"font.family": _fonts()}):
-        figure.savefig(buffer, format="png", dpi=72 * PNG_SCALE)
+        figure.savefig(buffer, format="png", dpi=72 * PNG_SCALE, bbox_inches=figure.bbox_inches.padded(PNG_MARGIN))
     return buffer.getvalue()
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter, NullLocator
 
-from raybert.canvas import LIGHT, SMALL, key, new_figure, new_panel, place, write
+from raybert.canvas import LIGHT, SMALL, key, new_figure, place, write
 from raybert.chronicle import Chronicle, Row, step_time_s
 from raybert.entry import DRIVER_LOST, FINISHED, INTERRUPTED, Entry
 from raybert.goodput import AttemptSummary
@@ -31,6 +31,7 @@ LOG_RANGE = 30.0  # above it, largest to smallest, an axis is logarithmic
 KEY_WIDTH, TIMELINE_KEY = 132, 126
 FREE, LOG, ZERO = "free", "log", "zero"  # axes: as the values are, logarithmic where they spread, from 0
 TICKS_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
+BASELINE_NAMES = ("unigram_mlm_loss", "majority_next_sentence_accuracy")
 STATES = {  # of seconds, and their names
     "useful": "in the result",
     "redone": "done again",
@@ -67,173 +68,26 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A curve of a panel.
+class Panel:
+    """Curves of one quantity over the steps.
 
     Args:
-        name: for its key.
-        metric: of the rows.
-        colour: train's or held-out's.
-        rows: that count, and those that were done again.
-        overridden: the latter.
+        name, title: of the chart.
+        train, held_out: the metrics that are drawn.
+        spell: a value for a person.
+        axis: how values are laid out.
     """
 
     name: str
-    metric: str
-    colour: str
-    rows: Sequence[Row]
-    overridden: Sequence[Row]
-
-
-def draw(chronicle: Chronicle) -> Iterator[Chart]:
-    """Every chart that the run has something for."""
-    if chronicle.summary is not None:
-        yield timeline(chronicle)
-    percent, count = "{:.1%}".format, compact
-    for name, title, metrics, spell, axis, guess in (
-        ("loss", "Loss", ("training_loss", "loss"), "{:.3f}".format, FREE, _guessed_loss(chronicle)),
-        ("mlm_accuracy", "Masked LM accuracy", ("masked_lm_accuracy",) * 2, percent, ZERO, None),
-        ("nsp_accuracy", "Next sentence accuracy", ("next_sentence_accuracy",) * 2, percent, FREE,
-         chronicle.baselines.get("majority_next_sentence_accuracy")),
-        ("learning_rate", "Learning rate", ("learning_rate",), "{:.2e}".format, ZERO, None),
-        ("gradient_norm", "Gradient norm", ("grad_norm",), count, LOG, None),
-        ("tokens_per_s", "Tokens a second", ("tokens_per_s",), count, ZERO, None),
-        ("mfu", "Model FLOPs utilization", ("mfu",), percent, ZERO, None),
-        *([] if _has(chronicle, "mfu") else [("flops_per_s", "Model FLOP/s", ("flops_per_s",), count, ZERO, None)]),
-        ("data_wait", "Waiting for data", ("data_wait",), "{:.2%}".format, ZERO, None),
-    ):  # fmt: skip
-        sources = (("train", chronicle.train), ("held-out", chronicle.held_out))
-        lines = [
-            Line(source, metric, source, [row for row in rows.kept if metric in row],
-                 [row for row in rows.overridden if metric in row])
-            for metric, (source, rows) in zip(metrics, sources, strict=False)
-        ]  # fmt: skip
-        if any(line.rows for line in lines):
-            yield curves(chronicle, name, title, lines, spell, axis, guess)
-    if chronicle.summary is not None:
-        yield seconds(chronicle)
-
-
-def _has(chronicle: Chronicle, metric: str) -> bool:
-    return any(metric in row for row in chronicle.train.kept)
-
-
-# --- Curves over steps ------------------------------------------------------------------------------------------------
-
-
-def curves(
-    chronicle: Chronicle, name: str, title: str, lines: Sequence[Line], spell: Callable[[float], str],
-    axis: str, guess: float | None,
-) -> Chart:  # fmt: skip
-    """A panel of one metric.
-
-    Args:
-        chronicle: of the run.
-        name, title: of the chart.
-        lines: with or without rows.
-        spell: a value for a person.
-        axis: how its values are laid out.
-        guess: what guessing by frequency reaches on held-out samples; a dashed line.
-    """
-    figure, axes = new_panel(*PANEL, title)
-    committed = math.inf if chronicle.state == "complete" else chronicle.committed_step
-    told: list[tuple[str, str]] = []
-    drawn: list[Floats] = []
-    for line in (line for line in lines if line.rows):
-        steps, values = _points(line.rows, line.metric)
-        _curve(axes, steps, values, line.colour, committed)
-        if line.overridden:
-            axes.plot(*_points(line.overridden, line.metric), color=LIGHT[line.colour], alpha=0.25, linewidth=1)
-        finite = values[np.isfinite(values)]
-        drawn.append(finite)
-        if len(finite) < len(values):
-            _mark_lost(axes, steps[~np.isfinite(values)])
-        told.append((line.name, spell(float(finite[-1])) if len(finite) else "not finite"))
-        key(figure, (len(told) - 1) * KEY_WIDTH, 27, " ".join(told[-1]), line.colour)
-    if guess is not None and lines[-1].rows:
-        axes.axhline(guess, color=LIGHT["muted"], linewidth=1, dashes=(4, 3))
-        key(figure, len(told) * KEY_WIDTH, 27, f"guessing {spell(guess)}", "muted", marker="_")
-        told.append(("guessing by frequency", spell(guess)))
-    _steps_axis(axes, chronicle)
-    _values_axis(axes, np.concatenate(drawn), spell, axis)
-    for _, step, kind in attempt_begins(chronicle):
-        axes.axvline(step, color=LIGHT[MARKERS[kind][0]], linewidth=1, alpha=0.55, zorder=0.5)
-        axes.plot(step, 1, marker="v", color=LIGHT[MARKERS[kind][0]], markersize=5, markeredgewidth=0, clip_on=False,
-                  transform=axes.get_xaxis_transform())  # fmt: skip
-    newest = ", ".join(f"{what} {value}" for what, value in told)
-    return Chart(name, title, f"{title} over {chronicle.last_step:,} steps. Newest: {newest}.", figure)
-
-
-def _points(rows: Sequence[Row], metric: str) -> tuple[Floats, Floats]:
-    steps = np.array([row["step"] for row in rows], float)
-    return steps, np.array([row[metric] for row in rows], float)
-
-
-def _curve(axes: Axes, steps: Floats, values: Floats, colour: str, committed: float) -> None:
-    """A line, fainter where no checkpoint has the steps; points where there are few, as evaluations are."""
-    values = np.where(np.isfinite(values), values, np.nan)
-    steps, means, lows, highs = thinned(steps, values)
-    size = 0.0 if colour == "train" and len(steps) > 1 else 4.5 if len(steps) <= MAX_DOTS else 2.5
-    style: dict[str, Any] = {"color": LIGHT[colour], "linewidth": 1.6, "marker": "o", "markeredgewidth": 0}
-    last = int(np.searchsorted(steps, committed, side="right"))
-    if (highs > lows).any():
-        axes.fill_between(steps, lows, highs, color=LIGHT[colour], alpha=0.16, linewidth=0)
-    for part, alpha in ((slice(0, last), 1.0), (slice(max(0, last - 1), None), 0.4)):
-        axes.plot(steps[part], means[part], **style, markersize=size, alpha=alpha)
-
-
-def thinned(steps: Floats, values: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-    """Steps, and mean, least and largest value around each, at most `MAX_POINTS`; NaN where no value is finite."""
-    size = -(-len(steps) // MAX_POINTS)
-    parts = np.split(np.arange(len(steps)), range(size, len(steps), size))
-    finite = [values[part][np.isfinite(values[part])] for part in parts]
-    ends = np.array([steps[part[-1]] for part in parts])
-    means, lows, highs = (np.array([fold(some) if len(some) else math.nan for some in finite]) for fold in FOLDS)
-    return ends, means, lows, highs
-
-
-def _mark_lost(axes: Axes, steps: Floats) -> None:
-    """Crosses at the bottom where a value is not finite."""
-    axes.plot(steps, np.full(len(steps), 0.03), "x", color=LIGHT["failure"], markersize=5, markeredgewidth=1.4,
-              transform=axes.get_xaxis_transform())  # fmt: skip
-
-
-def _steps_axis(axes: Axes, chronicle: Chronicle) -> None:
-    steps = [chronicle.last_step, *(row["step"] for row in chronicle.train.overridden)]
-    axes.set_xlim(0, max(1, *steps))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: compact(step) if step else "step 0"))
-
-
-def _values_axis(axes: Axes, values: Floats, spell: Callable[[float], str], axis: str) -> None:
-    """By the finite values that are drawn."""
-    if axis == LOG and len(values) and values.min() > 0 and values.max() > LOG_RANGE * values.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.margins(y=0.08)
-        if axis == ZERO:
-            axes.set_ylim(bottom=0)
-    is_share = "%" in spell(0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g}%" if is_share else compact(y)))
-
-
-def _guessed_loss(chronicle: Chronicle) -> float | None:
-    """The loss of who knows how often labels occur and nothing else: unigrams, and the entropy of the majority."""
-    unigram, majority = (chronicle.baselines.get(name) for name in
-                         ("unigram_mlm_loss", "majority_next_sentence_accuracy"))  # fmt: skip
-    if unigram is None or not chronicle.held_out.kept:
-        return None
-    if majority is None or "next_sentence_loss" not in chronicle.held_out.kept[-1]:
-        return unigram
-    return unigram - sum(p * math.log(p) for p in (majority, 1 - majority) if p > 0)
+    title: str
+    train: str
+    held_out: str | None
+    spell: Callable[[float], str]
+    axis: str
 
 
 def compact(value: float) -> str:
-    """A number in few characters: 0.25, 1,500, 12k, 3.4M."""
+    """A number in few characters: 0.25, 1,500, 12.3k, 3.4M."""
     if value == 0:
         return "0"
     if abs(value) < 1e-2:
@@ -246,14 +100,155 @@ def compact(value: float) -> str:
     raise AssertionError(value)
 
 
+PERCENT, NSP = "{:.1%}".format, "next_sentence_accuracy"
+PANELS = (
+    Panel("loss", "Loss", "training_loss", "loss", "{:.3f}".format, FREE),
+    Panel("mlm_accuracy", "Masked LM accuracy", "masked_lm_accuracy", "masked_lm_accuracy", PERCENT, ZERO),
+    Panel("nsp_accuracy", "Next sentence accuracy", NSP, NSP, PERCENT, FREE),
+    Panel("learning_rate", "Learning rate", "learning_rate", None, "{:.2e}".format, ZERO),
+    Panel("gradient_norm", "Gradient norm", "grad_norm", None, compact, LOG),
+    Panel("tokens_per_s", "Tokens a second", "tokens_per_s", None, compact, ZERO),
+    Panel("mfu", "Model FLOPs utilization", "mfu", None, PERCENT, ZERO),
+    Panel("flops_per_s", "Model FLOP/s", "flops_per_s", None, compact, ZERO),
+    Panel("data_wait", "Waiting for data", "data_wait", None, "{:.2%}".format, ZERO),
+)
+
+
+def draw(chronicle: Chronicle) -> Iterator[Chart]:
+    """Every chart that the run has something for; operations a second only where utilization is not known."""
+    logged = {name for rows in (chronicle.train, chronicle.held_out) for row in rows.kept for name in row}
+    if chronicle.summary is not None:
+        yield timeline(chronicle)
+    for panel in PANELS:
+        if panel.train in logged and not (panel.train == "flops_per_s" and "mfu" in logged):
+            yield curves(chronicle, panel)
+    if chronicle.summary is not None:
+        yield seconds(chronicle)
+
+
+# --- Curves over steps ------------------------------------------------------------------------------------------------
+
+
+def curves(chronicle: Chronicle, panel: Panel) -> Chart:
+    """A panel: the newest values beside its keys, and where attempts began."""
+    figure = new_figure(*PANEL, panel.title)
+    axes = place(figure, 46, 58, PANEL[0] - 58, PANEL[1] - 84)
+    told: list[str] = []
+    drawn: list[Floats] = []
+    for source, metric, rows in (
+        ("train", panel.train, chronicle.train),
+        ("held-out", panel.held_out, chronicle.held_out),
+    ):
+        kept = [row for row in rows.kept if metric in row]
+        if metric is None or not kept:
+            continue
+        values = _curve(axes, kept, metric, source, chronicle)
+        overridden = [row for row in rows.overridden if metric in row]
+        axes.plot(*_points(overridden, metric), color=LIGHT[source], alpha=0.25, linewidth=1)
+        told.append(f"{source} {panel.spell(float(values[-1])) if len(values) else 'not finite'}")
+        key(figure, KEY_WIDTH * (len(told) - 1), 27, told[-1], source)
+        drawn.append(values)
+    guess = _guess(chronicle, panel)
+    if guess is not None:
+        axes.axhline(guess, color=LIGHT["muted"], linewidth=1, dashes=(4, 3))
+        told.append(f"guessing {panel.spell(guess)}")
+        key(figure, KEY_WIDTH * (len(told) - 1), 27, told[-1], "muted", marker="_")
+    _steps_axis(axes, chronicle)
+    _values_axis(axes, np.concatenate(drawn), panel)
+    for step, kind in attempt_begins(chronicle):
+        colour = LIGHT[MARKERS[kind][0]]
+        axes.axvline(step, color=colour, linewidth=1, alpha=0.55, zorder=0.5)
+        axes.plot(step, 1, "v", color=colour, markersize=5, markeredgewidth=0, **_at_height(axes))
+    text = f"{panel.title} over {chronicle.last_step:,} steps. Newest: {', '.join(told)}."
+    return Chart(panel.name, panel.title, text, figure)
+
+
+def _at_height(axes: Axes) -> dict[str, Any]:
+    """Of marks that are placed by step, and by their height in the panel."""
+    return {"transform": axes.get_xaxis_transform(), "clip_on": False}
+
+
+def _points(rows: Sequence[Row], metric: str) -> tuple[Floats, Floats]:
+    steps = np.array([row["step"] for row in rows], float)
+    return steps, np.array([row[metric] for row in rows], float)
+
+
+def _curve(axes: Axes, rows: Sequence[Row], metric: str, colour: str, chronicle: Chronicle) -> Floats:
+    """Draw a line, paler where no checkpoint has the steps, with points where there are few, as evaluations are.
+
+    Returns:
+        The finite values; crosses at the bottom stand for the others.
+    """
+    every_step, every_value = _points(rows, metric)
+    is_finite = np.isfinite(every_value)
+    steps, means, lows, highs = thinned(every_step, every_value)
+    size = 0.0 if colour == "train" and len(steps) > 1 else 4.5 if len(steps) <= MAX_DOTS else 2.5
+    style: dict[str, Any] = {"color": LIGHT[colour], "linewidth": 1.6, "marker": "o", "markeredgewidth": 0}
+    committed = math.inf if chronicle.state == "complete" else chronicle.committed_step
+    last = int(np.searchsorted(steps, committed, side="right"))
+    if (highs > lows).any():
+        axes.fill_between(steps, lows, highs, color=LIGHT[colour], alpha=0.16, linewidth=0)
+    for part, alpha in ((slice(0, last), 1.0), (slice(max(0, last - 1), None), 0.4)):
+        axes.plot(steps[part], means[part], **style, markersize=size, alpha=alpha)
+    lost = every_step[~is_finite]
+    axes.plot(lost, np.full(len(lost), 0.03), "x", color=LIGHT["failure"], markersize=5, **_at_height(axes))
+    return every_value[is_finite]
+
+
+def thinned(steps: Floats, values: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """Steps, and mean, least and largest value around each, at most `MAX_POINTS`; NaN where no value is finite."""
+    size = -(-len(steps) // MAX_POINTS)
+    parts = np.split(np.arange(len(steps)), range(size, len(steps), size))
+    finite = [values[part][np.isfinite(values[part])] for part in parts]
+    ends = np.array([steps[part[-1]] for part in parts])
+    means, lows, highs = (np.array([fold(some) if len(some) else math.nan for some in finite]) for fold in FOLDS)
+    return ends, means, lows, highs
+
+
+def _steps_axis(axes: Axes, chronicle: Chronicle) -> None:
+    steps = [chronicle.last_step, *(row["step"] for row in chronicle.train.overridden)]
+    axes.set_xlim(0, max(1, *steps))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: compact(step) if step else "step 0"))
+
+
+def _values_axis(axes: Axes, values: Floats, panel: Panel) -> None:
+    """By the finite values that are drawn."""
+    if panel.axis == LOG and len(values) and values.min() > 0 and values.max() > LOG_RANGE * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.margins(y=0.08)
+        if panel.axis == ZERO:
+            axes.set_ylim(bottom=0)
+    is_share = "%" in panel.spell(0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g}%" if is_share else compact(y)))
+
+
+def _guess(chronicle: Chronicle, panel: Panel) -> float | None:
+    """What it takes to know how often labels occur and nothing else: unigrams, and the majority and its entropy."""
+    unigram, majority = (chronicle.baselines.get(name) for name in BASELINE_NAMES)
+    evaluated = chronicle.held_out.kept[-1] if chronicle.held_out.kept else {}
+    if panel.held_out is None or panel.held_out not in evaluated:
+        return None
+    if panel.name == "nsp_accuracy":
+        return majority
+    if panel.name != "loss" or unigram is None or NSP not in evaluated:
+        return unigram if panel.name == "loss" else None
+    return None if majority is None else unigram - sum(p * math.log(p) for p in (majority, 1 - majority) if p > 0)
+
+
 # --- Workers over time ------------------------------------------------------------------------------------------------
 
 
-def attempt_begins(chronicle: Chronicle) -> Iterator[tuple[int, int, str]]:
-    """Number and first step of each attempt but the first, and why there was another."""
+def attempt_begins(chronicle: Chronicle) -> Iterator[tuple[int, str]]:
+    """First step of each attempt but the first, and why there was another."""
     ends = {entry.attempt: end_of(entry) for entry in chronicle.entries}
     for attempt in chronicle.attempts[1:]:
-        yield attempt.number, attempt.start_step, ends.get(attempt.number - 1) or STOP
+        yield attempt.start_step, ends.get(attempt.number - 1) or STOP
 
 
 def end_of(entry: Entry) -> str | None:
@@ -274,7 +269,8 @@ class Clock:
         begun_s = 0.0
         for _, group in itertools.groupby(entries, key=lambda entry: entry.driver_began_at_s):
             driver = list(group)
-            begin_s, end_s = driver[0].driver_began_at_s, max(max(e.seen_at_s, e.stopped_at_s) for e in driver)
+            begin_s = driver[0].driver_began_at_s
+            end_s = max(begin_s, *(max(entry.seen_at_s, entry.stopped_at_s) for entry in driver))
             if self._spans:
                 self.stops.append((begun_s, max(0.0, begin_s - self._spans[-1][1])))
             self._spans.append((begin_s, end_s, begun_s))
@@ -328,8 +324,7 @@ def timeline(chronicle: Chronicle) -> Chart:
 def _timeline(chronicle: Chronicle, width: int, height: int) -> Figure:
     summary, clock = chronicle.summary, Clock(chronicle.entries)
     assert summary
-    figure = new_figure(width, height)
-    write(figure, 0, 4, "Workers over time", size=13.5, weight="bold")
+    figure = new_figure(width, height, "Workers over time")
     drawn = [block for block in blocks(chronicle.entries, summary.attempts, clock) if block.end_s > block.begin_s]
     ends = [(clock(entry, entry.stopped_at_s), end_of(entry)) for entry in chronicle.entries]
     states, kinds = {block.state for block in drawn}, {kind for _, kind in ends}
@@ -339,8 +334,10 @@ def _timeline(chronicle: Chronicle, width: int, height: int) -> Figure:
     left, top = 84, 36 + 19 * num_rows
     rail = place(figure, left, top, width - left - 12, 54)
     axes = place(figure, left, top + 54, width - left - 12, height - top - 54 - 26)
-    for block in drawn:
-        _draw_block(axes, block)
+    top_workers = max(entry.world_size for entry in chronicle.entries)
+    for block in drawn:  # without workers a low bar says why
+        height_workers, width_s = block.num_workers or 0.04 * top_workers, block.end_s - block.begin_s
+        axes.bar(block.begin_s, height_workers, width_s, align="edge", color=LIGHT[block.state], linewidth=0)
     _draw_attempt_numbers(axes, chronicle.entries, clock, width)
     _draw_rail(rail, chronicle, clock, ends)
     for where_s, stopped_s in clock.stops:
@@ -349,10 +346,9 @@ def _timeline(chronicle: Chronicle, width: int, height: int) -> Figure:
                       fontsize=SMALL - 1, color=LIGHT["muted"], va="top")  # fmt: skip
     for part in (rail, axes):
         part.set_xlim(0, max(1.0, clock.total_s))
-    top_workers = max(entry.world_size for entry in chronicle.entries)
     axes.set_ylim(0, top_workers * 1.22)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.set_ylabel("workers", color=LIGHT["muted"], fontsize=SMALL, labelpad=8)
+    axes.set_ylabel("workers", labelpad=8)
     axes.xaxis.set_major_locator(MultipleLocator(_tick_s(clock.total_s, max(4, width // 110))))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: duration(seconds).replace("m00s", "m")))
     return figure
@@ -372,12 +368,6 @@ def _timeline_keys(figure: Figure, width: int, keys: Sequence[tuple[str, str, st
     for number, (name, colour, marker) in enumerate(keys):
         key(figure, number % a_row * TIMELINE_KEY, 27 + 19 * (number // a_row), name, colour, marker)
     return -(-len(keys) // a_row)
-
-
-def _draw_block(axes: Axes, block: Block) -> None:
-    """Where there are no workers, a low bar says why."""
-    height = block.num_workers or 0.12
-    axes.bar(block.begin_s, height, block.end_s - block.begin_s, align="edge", color=LIGHT[block.state], linewidth=0)
 
 
 def _draw_attempt_numbers(axes: Axes, entries: Sequence[Entry], clock: Clock, width: int) -> None:
@@ -420,9 +410,8 @@ def seconds(chronicle: Chronicle) -> Chart:
     summary = chronicle.summary
     assert summary
     spent, names = asdict(summary.seconds), state_names(chronicle)
-    figure, axes = new_panel(*PANEL, f"Goodput {summary.goodput:.1%}")
+    figure = new_figure(*PANEL, f"Goodput {summary.goodput:.1%}")
     write(figure, 0, 27, f"of {duration(summary.wall_s)} with a driver", "muted")
-    axes.remove()
     axes = place(figure, 116, 52, PANEL[0] - 116 - 96, PANEL[1] - 52 - 8)
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)

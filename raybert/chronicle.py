@@ -173,10 +173,10 @@ def read_chronicle(run: Directory) -> Chronicle:
         summary=summarize(entries, config.cluster.price_per_worker_hour if config else None) if entries else None,
         committed_step=_committed_step(run),
         saved=_saved(run),
-        baselines=read(BASELINES, lambda: dict(json.loads(run.read(BASELINES))), {}),
+        baselines=read(BASELINES, lambda: _baselines(run), {}),
         cards=read(INDEX, lambda: list(_cards(run, config)), []) if config else [],
         tokens_per_sample=_tokens_per_sample(train.kept),
-        skipped=read(SKIPPED, lambda: dict(json.loads(run.read(SKIPPED))), {}),
+        skipped=read(SKIPPED, lambda: _skipped(run), {}),
         problems=problems,
         is_alive=bool(entries) and time.time() - entries[-1].seen_at_s < ALIVE_S,
     )
@@ -191,6 +191,15 @@ def effective(rows: Iterable[Row]) -> Rows:
             overridden.append(kept.pop())
         kept.append(row)
     return Rows(kept, sorted(overridden, key=lambda row: row["step"]))
+
+
+def _baselines(run: Directory) -> dict[str, float]:
+    return {str(name): float(value) for name, value in json.loads(run.read(BASELINES)).items()}
+
+
+def _skipped(run: Directory) -> dict[str, dict[str, list[str]]]:
+    known = json.loads(run.read(SKIPPED)).items()
+    return {option: {path: list(map(str, records)) for path, records in files.items()} for option, files in known}
 
 
 def _committed_step(run: Directory) -> int:
@@ -215,6 +224,7 @@ def _places(names: Iterable[str]) -> Iterator[tuple[int, int]]:
 
 def _tokens_per_sample(rows: Sequence[Row]) -> float | None:
     """Mean over the samples that metrics are of: each row is of the steps since the one before."""
+    rows = [row for row in rows if row.get("samples_per_s") and "tokens_per_s" in row]
     steps = [0, *(int(row["step"]) for row in rows)]
     counts = [after - before for before, after in itertools.pairwise(steps)]
     if not rows:

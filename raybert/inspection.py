@@ -363,15 +363,14 @@ def _write_plot(uri: str, census: Census) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    from raybert.canvas import LIGHT, new_figure, place, png, write  # which takes a moment that others need not wait
+    from raybert.canvas import LIGHT, new_figure, place, png  # which takes a moment that others need not wait
 
-    figure = new_figure(860, 260)
-    parts = (("Tokens of a sample", census.lengths), ("Masked places of a sample", census.predictions))
-    for left, (title, counts) in zip((0, 440), parts, strict=True):
-        write(figure, left, 4, title, size=13.5, weight="bold")
-        axes = place(figure, left + 50, 40, 360, 190)
+    figure = new_figure(860, 270, "Samples")
+    parts = (("tokens", census.lengths), ("masked places", census.predictions))
+    for left, (name, counts) in zip((50, 490), parts, strict=True):
+        axes = place(figure, left, 36, 360, 190)
         axes.bar(np.arange(len(counts)), counts, width=1, color=LIGHT["train"])
-        axes.set(ylabel="samples", xlim=(-0.5, len(counts) - 0.5), yscale="log")
+        axes.set(ylabel="samples", xlabel=name, xlim=(-0.5, len(counts) - 0.5), yscale="log")
     folder, name = place_of(uri)
     try:
         folder.write(name, png(figure))

@@ -93,10 +93,10 @@ def _tiles(chronicle: Chronicle) -> Iterator[tuple[str, str, str]]:
 
 
 def _epochs(chronicle: Chronicle) -> float | None:
-    if chronicle.config is None or not chronicle.cards:
+    size = next((card.num_samples for card in chronicle.cards if card.name == "Training"), 0)
+    if chronicle.config is None or not size:
         return None
-    num_samples = chronicle.last_step * chronicle.config.training.global_batch_size
-    return num_samples / max(1, chronicle.cards[0].num_samples)
+    return chronicle.last_step * chronicle.config.training.global_batch_size / size
 
 
 def _spelt(value: float, spell: str) -> str:
