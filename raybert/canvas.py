@@ -84,7 +84,7 @@ def key(figure: Figure, x: float, y: float, text: str, colour: str, marker: str 
 def png(figure: Figure) -> bytes:
     """The figure as a picture on white."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"font.family": _fonts()}):
+    with matplotlib.rc_context({"font.sans-serif": _fonts()}):
         figure.savefig(buffer, format="png", dpi=72 * PNG_SCALE, bbox_inches=figure.bbox_inches.padded(PNG_MARGIN))
     return buffer.getvalue()
 
