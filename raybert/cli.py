@@ -83,6 +83,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         _main_of("raybert.inspection"),
     ),
     "verify": ("Prove from a run directory that every sample was trained on exactly once.", _main_of("raybert.verify")),
+    "report": ("Make one HTML page of a run: curves, workers over time, goodput.", _main_of("raybert.report")),
     "bench": ("Measure decoding, the feed, the training step, what Ray costs, or all.", _main_of("raybert.bench")),
     "notice": ("Beside a spot node: wait for the cloud's notice, and drain the node.", _main_of("raybert.agent")),
 }

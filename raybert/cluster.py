@@ -166,10 +166,10 @@ def _check_kind(address: str) -> None:
 
 
 def quiet(verbose: bool) -> None:
-    """Without `verbose`, only errors of Ray's are shown."""
+    """Without `verbose`, only errors are shown, of Ray's and of what draws the report."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not verbose:
-        for name in ("ray", "ray.data", "ray.train", "ray._private"):
+        for name in ("ray", "ray.data", "ray.train", "ray._private", "matplotlib"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from raybert.entry import Entry
+from raybert.view import counted
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _attempt_summaries(entries: Sequence[Entry], kept: Sequence[int]) -> Iterato
 def lines(summary: Summary) -> Iterator[str]:
     """The summary for a person, in one to three lines."""
     seconds = summary.seconds
-    restarts, redone = _count(summary.restarts, "restart"), _count(summary.redone_steps, "step")
+    restarts, redone = counted(summary.restarts, "restart"), counted(summary.redone_steps, "step")
     yield (
         f"Goodput {100 * summary.goodput:.1f} %: {seconds.useful:,.0f} s of {summary.wall_s:,.0f} s; "
         f"{restarts}, {redone} done again"
@@ -212,7 +213,3 @@ def lines(summary: Summary) -> Iterator[str]:
             f"  cost {summary.cost:,.2f} ({hours:,.2f} worker hours at {summary.price_per_worker_hour:g}), of it "
             f"{summary.useful_cost:,.2f} useful"
         )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"

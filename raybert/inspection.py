@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,14 +20,14 @@ from rich.progress import track
 
 from raybert.census import Census, empty_census, take_census
 from raybert.compression import decompressed_chunks
-from raybert.display import counted
 from raybert.errors import UserError
 from raybert.example import Arrays, InvalidSampleError, Schema, bad_records, decode, sizes_of
 from raybert.jit import Ints
 from raybert.masking import unmasked
 from raybert.splitmix import mixed
-from raybert.storage import File, absolute, chunks, containing, find_files, open_input
+from raybert.storage import File, chunks, containing, find_files, open_input
 from raybert.tfrecord import Records, walk
+from raybert.view import counted
 from raybert.wordpiece import CLS, CONTINUATION, MASK, SEP, Vocabulary, read_vocabulary
 
 FINE, BROKEN = 0, 1  # exit codes
@@ -363,24 +362,21 @@ def _write_plot(uri: str, census: Census) -> None:
     """Histograms of lengths and of predictions, as a PNG.
 
     Raises:
-        UserError: matplotlib is missing, or the file cannot be written.
+        UserError: the file cannot be written.
     """
+    from matplotlib.ticker import MaxNLocator
+
+    from raybert.canvas import LIGHT, new_figure, place, png  # which takes a moment that others need not wait
+
+    figure = new_figure(860, 270, "Samples")
+    parts = (("tokens", census.lengths), ("masked places", census.predictions))
+    for left, (name, counts) in zip((50, 490), parts, strict=True):
+        axes = place(figure, left, 36, 360, 190)
+        axes.bar(np.arange(len(counts)), counts, width=1, color=LIGHT["train"])
+        axes.set(ylabel="samples", xlabel=name, xlim=(-0.5, len(counts) - 0.5), yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    folder, name = containing(uri)
     try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "--plot needs matplotlib, which is not installed; run `pip install 'raybert[plot]'`."
-        ) from error
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    parts = (("tokens of a sample", census.lengths), ("masked places of a sample", census.predictions))
-    for axes, (title, counts) in zip(figure.subplots(1, 2), parts, strict=True):
-        axes.bar(np.arange(len(counts)), counts, width=1)
-        axes.set(xlabel=title, ylabel="samples", xlim=(-0.5, len(counts) - 0.5), yscale="log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    folder, name = containing(absolute(uri))
-    try:
-        folder.write(name, buffer.getvalue())
+        folder.write(name, png(figure))
     except OSError as error:
         raise UserError(f"Cannot write {uri}: {error}; choose another --plot.") from error

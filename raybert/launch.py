@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raybert import cluster, ingest, preflight
 from raybert.begin import Begin
+from raybert.chronicle import BASELINES, REPORT, SKIPPED
 from raybert.compression import compression
 from raybert.config import ClusterConfig, Config
 from raybert.config_file import CONFIG, config_to_yaml
@@ -47,7 +49,6 @@ from raybert.storage import Directory, File, find_files, local_file, open_input
 from raybert.telemetry import EVAL, read_metrics
 from raybert.worker import VOCABULARY, Job, train_ray_worker, train_worker
 
-SKIPPED, BASELINES = "skipped_records.json", "baselines.json"
 POLL_S = 0.3
 END_S = 10.0  # that an interrupted run's controller may take to end
 SHORTAGE_S = 60.0  # between two looks at whether the run waits for nodes
@@ -71,7 +72,9 @@ def run(config: Config, verbose: bool = False) -> int:
             preflight.check_run_dir(run_dir, display.warn)
             return _run(config, run_dir, display, verbose)
         except KeyboardInterrupt:
+            display.freeze()
             display.line(f"Interrupted; the same command resumes the run in {run_dir.uri}.")
+            _write_report(run_dir, display)  # last: who stops a job may wait for seconds only
             return 128 + (received[0] if received else signal.SIGINT)
 
 
@@ -142,16 +145,31 @@ def _train(
 
     def tell(event: Event) -> None:
         ledger.show(event)
-        display.show(event)
+        display.show(event, ledger.goodput() if event.kind == "train" else None)
 
     order, remasking = preflight.sample_order(config, index), preflight.remasking(config)
     job = Job(config, run_dir, order, index, evaluation, identity, tell, remasking=remasking)
-    with ledger:
-        if config.cluster.worker_range()[1] == 0:
-            _fit_here(job)
-        else:
-            with scratch() as local:
-                _fit(job, display, ledger, local)
+    try:
+        with ledger:
+            if config.cluster.worker_range()[1] == 0:
+                _fit_here(job)
+            else:
+                with scratch() as local:
+                    _fit(job, display, ledger, local)
+    finally:
+        if not isinstance(sys.exception(), KeyboardInterrupt):
+            _write_report(run_dir, display)
+
+
+def _write_report(run_dir: Directory, display: Display) -> None:
+    """Of a run, however it has ended; whatever goes wrong here, even an import, is no matter of the run's."""
+    try:
+        from raybert.report import write_report
+
+        if run_dir.exists(CONFIG):
+            write_report(run_dir, run_dir)
+    except Exception as error:
+        display.warn(f"the report is not drawn ({error}); `python run.py report {run_dir.uri}` draws it later.")
 
 
 def _index(files: Sequence[File], option: str, config: Config, run_dir: Directory, display: Display) -> Index:
@@ -384,12 +402,15 @@ def _trainer_class(config: ClusterConfig, post: Post, warn: Callable[[str], None
 
 def _print_result(run_dir: Directory, config: Config, display: Display) -> None:
     """Where the run stands: held-out metrics beside what guessing reaches, what it cost, and how to open it."""
+    display.freeze()
     checkpoint = outlast_blip(lambda: newest_checkpoint(run_dir, display.warn))
     assert checkpoint is not None
     evaluations = [row for row in read_metrics(run_dir) if row["kind"] == EVAL]
     if evaluations and run_dir.exists(BASELINES):
         display.held_out(evaluations[-1], json.loads(run_dir.read(BASELINES)))
     _print_cost(run_dir, config, display)
+    if run_dir.exists(REPORT):
+        display.line(f"Report: {(run_dir / REPORT).uri}")
     display.line(f"Checkpoint: {checkpoint.directory.uri}")
     display.line("Open it with transformers:")
     model = f'BertForPreTraining.from_pretrained("{checkpoint.directory.uri}")'

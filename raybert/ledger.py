@@ -78,6 +78,14 @@ class Ledger:
         with self._lock:
             self._write_if_due(self._clock())
 
+    def goodput(self) -> float | None:
+        """Until now, as if the newest step were in a checkpoint; None before the first attempt."""
+        with self._lock:
+            if self._entry is None:
+                return None
+            now = replace(self._entry, seen_at_s=self._clock(), committed_step=self._entry.last_step)
+            return summarize([*self._entries, now]).goodput
+
     def end(self, reason: str) -> None:
         """The driver ends: so does the attempt that it has, and the summary is written."""
         with self._lock:

@@ -32,11 +32,11 @@ from raybert.dataset import (
     shard_tasks,
     tokenize_piece,
 )
-from raybert.display import counted
 from raybert.errors import UserError
 from raybert.options import add_reading, boolean, reading_of
 from raybert.processes import Run, in_processes
 from raybert.storage import Directory, absolute, find_files
+from raybert.view import counted
 from raybert.wordpiece import Vocabulary, read_vocabulary
 
 SMALL_BYTES = 4 << 20  # input that is made before other processes have started

@@ -203,16 +203,16 @@ def _uri(path: str, like: str) -> str:
     return f"{scheme}://{path}{query}" if separator else path
 
 
-def containing(uri: str) -> tuple[Directory, str]:
-    """The directory that a file is in, and its name there."""
-    place, query = _split_query(uri)
-    folder, _, name = place.rpartition("/")
-    return Directory(folder + query), name
-
-
 def absolute(uri: str) -> str:
     """The same place, independent of the working directory."""
     return uri if "://" in uri else resolve(uri)[1]
+
+
+def containing(uri: str) -> tuple[Directory, str]:
+    """The directory that a file is in, and its name there."""
+    place, query = _split_query(absolute(uri))
+    folder, _, name = place.rpartition("/")
+    return Directory((folder or "/") + query), name
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 import functools
 import signal
+import uuid
 
 import hypothesis
 import pytest
 import torch
 from helpers import SAMPLE_FILE, SAMPLE_SCHEMA, build_index, tiny_index
+from pyarrow import fs
 
 from raybert.storage import Directory
 
@@ -33,6 +35,26 @@ def sample_index(tmp_path_factory):
 def run(tmp_path):
     """An empty run directory."""
     return Directory(str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket of a local S3 server, which AWS_ENDPOINT_URL names."""
+    from moto.server import ThreadedMotoServer  # not above: it takes a second
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "user")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        name = f"bucket-{uuid.uuid4().hex}"
+        store = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
+        store.create_dir(name)
+        yield f"s3://{name}"
+    server.stop()
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from helpers import DATA, SAMPLE_FILE, tiny_config, write_samples
 from nodes import own_dashboard
 from ray.cluster_utils import Cluster
 
+from raybert.chronicle import SKIPPED
 from raybert.cli import main
 from raybert.config_file import config_to_yaml
 from raybert.feed import MIN_BLOCK_ROWS
-from raybert.launch import SKIPPED
 from raybert.preflight import check_window
 
 ROOT = Path(__file__).parents[1]

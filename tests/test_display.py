@@ -1,13 +1,16 @@
-"""What a person sees: one live line on a terminal, plain lines in a log."""
+"""What a person sees: a block that is kept up to date on a terminal, plain lines in a log."""
 
+import math
 import re
+from dataclasses import replace
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
-from raybert.display import Display, attempt_line, duration, evaluation_line, progress_line
+from raybert.display import Display, attempt_line, broken_lines, evaluation_line, progress_line
 from raybert.events import Event
+from raybert.view import View, block, duration, sparkline
 
 METRICS = {
     "training_loss": 9.87654,
@@ -140,24 +143,137 @@ def test_a_log_has_plain_lines():
     assert "\x1b" not in "".join(lines)
 
 
-def test_a_terminal_has_one_live_line():
-    """It is written over; what stays is printed above it; the cursor is given back."""
-    text = shown(EVENTS, force_terminal=True, width=200)
+def test_a_terminal_has_a_block_that_is_kept_up_to_date():
+    """It is written over; what stays is printed above it, but checkpoints, which it shows; the cursor is given back."""
+    text = shown(EVENTS, force_terminal=True, width=80)
     assert "\x1b[2K" in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
-    below = text.rpartition("is damaged")[2]
-    assert "step 30/100" in below and "step 10/100" not in below
-    assert screen(text) == [
+    lines = screen(text)
+    assert lines[:3] == [
         "attempt 1: 3 workers, from step 0",
         evaluation_line(20, HELD_OUT),
-        "checkpoint step-00000020-attempt-0001",
         "warning: checkpoint [bold]x[/bold] is damaged",
-        "step 30/100",
+    ]
+    assert re.fullmatch(r"━+  30/100  30%  \d+s left", lines[3]) and len(lines[3]) == 80
+    assert [line.rstrip() for line in lines[4:]] == [
+        "loss      9.877   ▁▁▁",
+        "mlm acc   0.123   0.100 held-out",
+        "nsp acc   0.500   0.600 held-out",
+        "speed     12,346 samples/s   1,234,568 tokens/s   1.2% waiting for data",
+        "run       3 workers   1.20e-04 lr",
+        "saved     step 20   0s ago",
     ]
 
 
+def test_a_run_that_is_done_has_no_time_left():
+    last = replace(FULL, step=FULL.num_steps)
+    assert block(last, 80, 1000.0)[1].plain.endswith("  1,000,000/1,000,000  100%")
+
+
+def test_what_comes_after_a_block_that_is_frozen_stands_below_it():
+    output = StringIO()
+    with Display(100, Console(file=output, force_terminal=True, width=80)) as display:
+        display.show(EVENTS[0])
+        display.show(EVENTS[1])
+        display.freeze()
+        display.line("done")
+    assert screen(output.getvalue())[-2:] == ["run       3 workers   1.20e-04 lr", "done"]
+
+
+@pytest.mark.parametrize(
+    ("event", "status"),
+    [
+        (Event("attempt", 8, "", {"number": 2, "world_size": 1}), "starting 1 worker"),
+        (Event("failure", text="a worker died"), "restarting"),
+        (Event("resize", text="there are more nodes"), "resizing"),
+    ],
+)
+def test_a_block_says_what_a_run_waits_for(event, status):
+    text = shown([*EVENTS[:3], event], force_terminal=True, width=80)
+    assert any(line.endswith(f"%  {status}") for line in screen(text))
+    after = screen(shown([*EVENTS[:3], event, EVENTS[-1]], force_terminal=True, width=80))
+    assert not any(status in line for line in after if line.startswith("━"))
+
+
+FULL = View(
+    step=123_456,
+    num_steps=1_000_000,
+    metrics=METRICS | {"mfu": 0.4512},
+    held_out=HELD_OUT | {"loss": 7.24},
+    losses=[9.0 - i / 100 for i in range(300)],
+    end_at_s=9000.0,
+    committed_step=123_000,
+    committed_at_s=900.0,
+    goodput=0.9123,
+)
+
+
+@pytest.mark.parametrize("width", range(1, 200, 7))
+@pytest.mark.parametrize("view", [FULL, View(0, 100, "starting 3 workers"), View(0, 0)])
+def test_a_block_fits_every_terminal(view, width):
+    """And where there is some room, nothing is cut off."""
+    lines = block(view, width, 1000.0)
+    assert max(line.cell_len for line in lines) <= width
+    if width >= 44:
+        assert " ".join(" ".join(line.plain for line in lines).replace("━", "").split()) == " ".join(
+            " ".join(line.plain for line in block(view, 1000, 1000.0)).replace("━", "").split()
+        )
+
+
+def test_a_block_at_sixty_columns():
+    assert [line.plain.rstrip() for line in block(FULL, 60, 1000.0)] == [
+        "",
+        "━━━━━━━━━━━━━━━━━━━━━━━━  123,456/1,000,000  12%  2h13m left",
+        "loss      9.877   █████▇▇▇▇▇▇▇▆▆▆▆▅▅▅▄▄▃▂▁   7.240 held-out",
+        "mlm acc   0.123   0.100 held-out",
+        "nsp acc   0.500   0.600 held-out",
+        "speed     12,346 samples/s   1,234,568 tokens/s   45.1% mfu",
+        "          1.2% waiting for data",
+        "run       3 workers   1.20e-04 lr   91.2% goodput",
+        "saved     step 123,000   1m40s ago",
+    ]
+    assert all(line.plain.isascii() for line in block(FULL, 60, 1000.0, is_ascii=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], ""),
+        ([5.0], "▁"),
+        ([1.0, 2.0, 3.0], "▁▇█"),
+        ([math.nan, 1.0, math.inf, 2.0], " ▁ █"),
+        ([math.nan], " "),
+        (list(range(16)), "▁▄▅▆▇▇██"),
+    ],
+)
+def test_a_sparkline(values, line):
+    assert sparkline(values, 8) == line
+
+
+def test_a_terminal_that_becomes_narrow_is_written_over_whole():
+    """It has broken the lines of the block, so that there are more of them than were drawn."""
+    assert [broken_lines([80, 60, 0, 20], width) for width in (80, 79, 40, 20, 19)] == [0, 1, 2, 5, 8]
+    console = Console(file=StringIO(), force_terminal=True, width=80, height=40)
+    with Display(100, console) as display:
+        display.show(EVENTS[0])
+        display.show(EVENTS[1])
+        display._live.refresh()
+        lengths = list(display._drawn)
+        console.width = 60
+        begin = len(console.file.getvalue())
+        display._live.refresh()
+        written = console.file.getvalue()[begin:]
+    assert written.count("\x1b[1A") == len(lengths) - 1 + broken_lines(lengths, 60) > len(lengths) - 1
+
+
+def test_a_dumb_terminal_has_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    text = shown(EVENTS, force_terminal=True, width=200)
+    assert "\x1b[?25l" not in text and text.count("step 30/100  loss") == 1
+
+
 def screen(text):
-    """What stands on a terminal in the end, progress lines by their beginning."""
+    """What stands on a terminal in the end, but for blank lines."""
     lines, row = [""], 0
     for part in re.split(r"(\x1b\[[?\d;]*[A-Za-z]|\r|\n)", text):
         if part == "\n":
@@ -169,7 +285,7 @@ def screen(text):
             row -= 1
         elif not part.startswith(("\x1b", "\r")):
             lines[row] += part
-    return [line.partition("  ")[0] if line.startswith("step") else line for line in lines if line]
+    return [line.rstrip() for line in lines if line.strip()]
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -189,8 +305,13 @@ def test_tracking_gives_the_items_on(total, line):
     for is_terminal in (True, False):
         output = StringIO()
         with Display(100, Console(file=output, force_terminal=is_terminal, width=100)) as display:
-            assert list(display.track(iter(range(total)), "Reading", total)) == list(range(total))
-        assert (f"{total} of {total} files" if is_terminal else line) in output.getvalue()
+            given = []
+            for item in display.track(iter(range(total)), "Reading", total):
+                given.append(item)
+                if is_terminal:
+                    display._live.refresh()
+        assert given == list(range(total))
+        assert (f"  {total}/{total}\x1b[0m  100%" if is_terminal else line) in output.getvalue()
 
 
 def test_held_out_results_stand_beside_guessing():

@@ -1,8 +1,6 @@
 """`inspect`: figures that are counted by hand, samples as text, and what is warned of."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -237,13 +235,6 @@ def test_a_plot(three, tmp_path):
         assert image.format == "PNG" and image.width > 1000
         colors = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
     assert len(colors) > 10
-
-
-def test_without_matplotlib_the_plot_is_refused(three, tmp_path):
-    words = ["inspect", str(three), "--vocab", str(VOCAB_FILE), "--plot", str(tmp_path / "plot.png")]
-    code = f"import sys; sys.modules['matplotlib'] = None; from raybert import cli; sys.exit(cli.main({words!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "pip install 'raybert[plot]'" in done.stderr
 
 
 def test_the_index_counts_the_same(three, tmp_path):

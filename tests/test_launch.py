@@ -27,8 +27,8 @@ from raybert.worker import check_shared
 ROOT = Path(__file__).parents[1]
 BATCH_SIZE = 32
 OUR_LINES = re.compile(
-    r"indexing |attempt \d+: |step \d+/|held-out at step |Held-out |checkpoint step-|Checkpoint: |Open it with |"
-    r"  from transformers import |warning: |Interrupted; |Goodput |  the rest: "
+    r"indexing |attempt \d+: |step \d+/|held-out at step |Held-out |checkpoint step-|Checkpoint: |Report: |"
+    r"Open it with |  from transformers import |warning: |Interrupted; |Goodput |  the rest: "
 )
 
 

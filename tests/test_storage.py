@@ -9,8 +9,6 @@ import uuid
 
 import pytest
 from helpers import TINY_SCHEMA, build_index, write_samples
-from moto.server import ThreadedMotoServer
-from pyarrow import fs
 
 from raybert.errors import UserError
 from raybert.storage import Directory, absolute, find_files, local_file, open_input, resolve
@@ -43,24 +41,6 @@ def write_tree(directory):
     for name in TREE:
         directory.write(name, name.encode())
     return directory
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """A bucket of a local S3 server, which AWS_ENDPOINT_URL names."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "user")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        name = f"bucket-{uuid.uuid4().hex}"
-        store = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
-        store.create_dir(name)
-        yield f"s3://{name}"
-    server.stop()
 
 
 @pytest.fixture(params=["local", "file", "s3", "s3 with query"])
