@@ -82,6 +82,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         "Say what is in TFRecord files of samples, and what would spoil training.",
         _main_of("raybert.inspection"),
     ),
+    "convert": (
+        "Convert a checkpoint of TensorFlow, raybert or transformers; what comes out opens in the latter two.",
+        _main_of("raybert.convert"),
+    ),
     "verify": ("Prove from a run directory that every sample was trained on exactly once.", _main_of("raybert.verify")),
     "bench": ("Measure decoding, the feed, the training step, what Ray costs, or all.", _main_of("raybert.bench")),
     "notice": ("Beside a spot node: wait for the cloud's notice, and drain the node.", _main_of("raybert.agent")),

@@ -24,6 +24,7 @@ from raybert.order import SampleOrder, steps_per_window
 from raybert.pretrained import check_vocabulary, load_pretrained, read_bert_config, read_vocabulary
 from raybert.retry import outlast_blip
 from raybert.storage import Directory, absolute, local_file
+from raybert.weights import find_weights
 
 UNNOTICED_WORKERS = 8  # what blocks of any size feed
 JOB_FILES = "working_dir_files"  # where Ray unpacks the working directories of jobs
@@ -48,7 +49,7 @@ def resolve(config: Config) -> Config:
         data = replace(data, vocab_file=absolute(data.vocab_file))
     if training.init_checkpoint is not None:
         with _option("training.init_checkpoint", training.init_checkpoint):
-            training = replace(training, init_checkpoint=_initial_weights(training.init_checkpoint))
+            training = replace(training, init_checkpoint=find_weights(training.init_checkpoint))
     return replace(config, run_dir=absolute(config.run_dir), data=data, training=training)
 
 
@@ -91,20 +92,6 @@ def _option(name: str, value: str) -> Iterator[None]:
         raise UserError(
             f"{name}: cannot read {value!r}: {error}; check the path, the network and the credentials."
         ) from error
-
-
-def _initial_weights(path: str) -> str:
-    """A directory of weights; of a run directory, its newest checkpoint."""
-    directory = Directory(absolute(path))
-    if directory.exists("config.json"):
-        return directory.uri
-    checkpoint = newest_checkpoint(directory, lambda _: None)
-    if checkpoint is None:
-        raise UserError(
-            f"{path!r} holds neither a config.json nor a run with a checkpoint; give a "
-            "transformers directory, a raybert checkpoint or a run directory."
-        )
-    return checkpoint.directory.uri
 
 
 def check_initial_weights(config: Config) -> str:

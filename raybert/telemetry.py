@@ -8,15 +8,19 @@ nothing: metrics.jsonl is written later, TensorBoard has a gap.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
 
 from raybert.retry import outlast_blip
 from raybert.storage import Directory
+
+# The writer needs no TensorFlow, yet imports one that is installed, for seconds in every worker; this says not to.
+sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
 METRICS, SUMMARIES, SUMMARY = "metrics.jsonl", "summaries", "training_summary.txt"
 TRAIN, EVAL = "train", "eval"
