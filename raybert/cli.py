@@ -82,6 +82,11 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         "Say what is in TFRecord files of samples, and what would spoil training.",
         _main_of("raybert.inspection"),
     ),
+    "evaluate": (
+        "Loss, accuracy and perplexity of a checkpoint on held-out samples.",
+        _main_of("raybert.scores"),
+    ),
+    "fill": ("Guess what stands at each [MASK] of a sentence.", _main_of("raybert.cloze")),
     "convert": (
         "Convert a checkpoint of TensorFlow, raybert or transformers; what comes out opens in the latter two.",
         _main_of("raybert.convert"),

@@ -135,7 +135,7 @@ def read_checkpoint(prefix: str) -> TensorFlowCheckpoint:
         try:
             reader = tensorflow.train.load_checkpoint(local)
             found = _read_garden(reader) if reader.has_tensor(_GRAPH) else _read_google(reader)
-        except (tensorflow.errors.OpError, ValueError, RuntimeError) as error:
+        except (tensorflow.errors.OpError, ValueError, RuntimeError, LookupError) as error:
             raise UserError(f"{prefix} cannot be read ({_first_line(error)}); fetch it again.") from error
     if not found.weights:
         raise UserError(
