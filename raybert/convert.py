@@ -326,7 +326,7 @@ def _lines(content: Content, destination: str, to: str) -> Iterator[str]:
         f"vocab_size {config.vocab_size:,}, hidden_act {config.hidden_act}; {len(content.weights)} tensors"
     )
     if content.moments:
-        kept = "kept" if to == RAYBERT else "left out (--to raybert keeps them)"
+        kept = "kept, for --training.init_optimizer true" if to == RAYBERT else "left out (--to raybert keeps them)"
         yield f"  the optimizer's moments {kept}"
     yield from (f"  note: {note}" for note in content.notes)
     if content.source.startswith(GOOGLE) and content.moments and to == RAYBERT:

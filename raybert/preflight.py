@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raybert import wordpiece
+from raybert.checkpoint import read_moments
 from raybert.checks import check_config
 from raybert.config import Config, DataConfig
 from raybert.errors import UserError
@@ -100,10 +101,16 @@ def check_initial_weights(config: Config) -> str:
     Raises:
         UserError: it does not fit the model.
     """
-    source = config.training.init_checkpoint
+    training = config.training
+    source = training.init_checkpoint
     assert source is not None
+    model = BertForPreTraining(config.model, training.use_next_sentence_label)
     with _option("training.init_checkpoint", source), Directory(source).local() as path:
-        return str(load_pretrained(BertForPreTraining(config.model), path))
+        report = str(load_pretrained(model, path))
+        if not training.init_optimizer:
+            return report
+        num_moments = len(read_moments(path, model))
+        return f"{report}; and {num_moments} tensors of the optimizer"
 
 
 def schema(config: Config) -> Schema:

@@ -5,23 +5,25 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers import DATA, TINY_MODEL, VOCAB_FILE
+from helpers import DATA, TINY_MODEL, VOCAB_FILE, tiny_config, write_samples
 from safetensors.torch import load_file, save_file
 
 from raybert.batch import pack
 from raybert.cli import main
-from raybert.config import ModelConfig
 from raybert.errors import UserError
-from raybert.manifest import OPTIMIZER
+from raybert.launch import run as launch
+from raybert.manifest import OPTIMIZER, newest_checkpoint
 from raybert.model import BertForPreTraining
 from raybert.pretrained import save_pretrained, transformers_config
+from raybert.storage import Directory
 from raybert.tensorflow_checkpoint import find_prefix, read_checkpoint
-from raybert.weights import find_weights, open_model
+from raybert.weights import open_model
 
 TENSORFLOW = DATA / "tensorflow"
 TRAINED = ("google-training", "garden-2.1.0", "garden-2.2.0", "garden-2.3.0")
@@ -138,7 +140,7 @@ def test_moments_and_step_are_those_of_tensorflow(converted, name):
     checked = [key for key in expected if key.startswith("exp_avg")]
     assert len(checked) == 3 and all(torch.equal(moments[key], expected[key]) for key in checked)
     assert json.loads((directory / "state.json").read_text())["step"] == 3
-    assert "step 3" in said and "moments kept" in said
+    assert "step 3" in said and "moments kept, for --training.init_optimizer true" in said
 
 
 def test_transformers_gets_the_weights_alone(converted):
@@ -299,8 +301,73 @@ def test_a_head_that_is_there_in_part_is_damage(tiny, tmp_path, capsys):
     assert "lacks cls.predictions.bias" in capsys.readouterr().err
 
 
-def test_what_is_converted_begins_a_run(tiny, tmp_path):
-    convert(tiny[0], tmp_path / "made")
-    assert find_weights(str(tmp_path / "made")) == str(tmp_path / "made")
-    opened = open_model(str(tmp_path / "made"))
-    assert isinstance(opened.model.config, ModelConfig) and opened.model.config == TINY_MODEL
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_samples(folder / "train.tfrecord", 300, seed=1)
+    config = tiny_config(folder / "run", folder / "train.tfrecord", **{"training.num_steps": 2})
+    assert launch(config) == 0
+    return folder / "run", config
+
+
+def newest(run_dir):
+    return Path(newest_checkpoint(Directory(str(run_dir)), print).directory.path)
+
+
+def test_a_run_is_a_directory_of_transformers(trained, tmp_path, capsys):
+    run_dir, _ = trained
+    assert convert(run_dir, tmp_path / "made") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"raybert, {newest(run_dir)}, step 2\n") and "moments left out" in said
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["config.json", "model.safetensors"]
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "made" / name).read_bytes() == (newest(run_dir) / name).read_bytes()
+
+
+@pytest.mark.parametrize("use_next_sentence", [True, False])
+def test_what_is_converted_begins_a_run_with_its_moments(trained, tmp_path, use_next_sentence):
+    run_dir, config = trained
+    convert(run_dir, tmp_path / "made", "--to", "raybert")
+    made = load_file(tmp_path / "made" / OPTIMIZER)
+    assert made.keys() == load_file(newest(run_dir) / OPTIMIZER).keys()
+    first = replace(
+        config.training,
+        num_steps=1,
+        init_checkpoint=str(tmp_path / "made"),
+        init_optimizer=True,
+        use_next_sentence_label=use_next_sentence,
+    )
+    assert launch(replace(config, run_dir=str(tmp_path / "next"), training=first)) == 0
+    moments = load_file(newest(tmp_path / "next") / OPTIMIZER)
+    assert {tensor.item() for key, tensor in moments.items() if key.startswith("step.")} == {3.0}
+    assert any("seq_relationship" in key for key in moments) == use_next_sentence
+    table = "exp_avg_sq.bert.embeddings.word_embeddings.weight"
+    assert (moments[table] >= made[table] * 0.999 * (1 - 1e-6)).all()  # Adam adds a square to it
+
+
+def test_moments_that_are_not_there_are_missed_before_the_run(trained, tiny, tmp_path):
+    _, config = trained
+    for source, message in ((tiny[0], "has no optimizer.safetensors"), (None, "and that is not set")):
+        path = None if source is None else str(source)
+        training = replace(config.training, init_checkpoint=path, init_optimizer=True)
+        with pytest.raises(UserError, match=message):
+            launch(replace(config, run_dir=str(tmp_path / "next"), training=training))
+
+
+@pytest.mark.parametrize("name", TRAINED[-1:])
+def test_a_run_of_model_garden_goes_on(converted, tmp_path, name):
+    directory, *_ = converted[name]
+    vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
+    data = write_samples(tmp_path / "data.tfrecord", 64, seed=0, seq_length=12, predictions=3, vocab_size=vocab_size)
+    settings = {
+        "data.max_seq_length": 12,
+        "data.max_predictions_per_seq": 3,
+        "training.num_steps": 1,
+        "training.init_checkpoint": str(directory),
+        "training.init_optimizer": True,
+        "bert_config_file": str(directory / "config.json"),
+    }
+    assert launch(tiny_config(tmp_path / "run", data, **settings)) == 0
+    moments = load_file(newest(tmp_path / "run") / OPTIMIZER)
+    assert {tensor.item() for key, tensor in moments.items() if key.startswith("step.")} == {4.0}
