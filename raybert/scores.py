@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python run.py evaluate",
+        usage="python run.py evaluate CHECKPOINT --input_files GLOB [GLOB ...] [--option VALUE ...]",
         description="Masked LM and next sentence prediction of a checkpoint on held-out samples: loss, accuracy, "
         "perplexity, and the same by how frequent the tokens to be predicted are.",
     )

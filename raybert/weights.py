@@ -28,8 +28,8 @@ def find_weights(path: str) -> str:
     checkpoint = newest_checkpoint(directory, lambda _: None)
     if checkpoint is None:
         raise UserError(
-            f"{path!r} holds neither a config.json nor a run with a checkpoint; give a "
-            "transformers directory, a raybert checkpoint or a run directory."
+            f"{path!r} holds neither a config.json nor a run with a checkpoint; give a transformers directory, a "
+            "raybert checkpoint or a run directory (a TensorFlow checkpoint becomes one by `run.py convert`)."
         )
     return checkpoint.directory.uri
 

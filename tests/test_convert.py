@@ -32,7 +32,9 @@ LOG_PROBABILITIES = ("garden-2.1.0", "garden-2.2.0")  # are these models' output
 LINEAR = LOG_PROBABILITIES
 CONVERT_ALL = """
 import contextlib, io, json, sys
+import raybert.worker
 from raybert.cli import main
+assert "tensorflow" not in sys.modules, "workers would start seconds later"
 results = []
 for argv in json.loads(sys.stdin.read()):
     out, err = io.StringIO(), io.StringIO()
