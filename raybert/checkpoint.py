@@ -40,7 +40,7 @@ from raybert.manifest import (
     find_checkpoints,
     place,
 )
-from raybert.pretrained import save_pretrained
+from raybert.pretrained import load_tensors, save_pretrained
 from raybert.retry import Wait, give_up, retry
 from raybert.scratch import scratch
 from raybert.step import TrainState
@@ -153,7 +153,7 @@ def read_moments(directory: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     if not (directory / OPTIMIZER).is_file():
         raise UserError(f"{directory} has no {OPTIMIZER}, so no moments; leave training.init_optimizer out.")
     trained = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    moments = {key: tensor for key, tensor in load_file(directory / OPTIMIZER).items() if _name_of(key) in trained}
+    moments = {key: tensor for key, tensor in load_tensors(directory / OPTIMIZER).items() if _name_of(key) in trained}
     theirs = {_name_of(key): tuple(tensor.shape) for key, tensor in moments.items() if key.startswith("exp_avg.")}
     _check_same("optimizer moments", trained, theirs, str(directory))
     return moments

@@ -12,14 +12,21 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from raybert.config import ModelConfig
 from raybert.errors import UserError
 from raybert.manifest import FORMAT_VERSION, OPTIMIZER, STATE
 from raybert.model import ACTIVATIONS, BertForPreTraining
-from raybert.pretrained import architecture_of, check_vocabulary, read_bert_config, read_weights, save_pretrained
+from raybert.pretrained import (
+    architecture_of,
+    check_vocabulary,
+    load_tensors,
+    read_bert_config,
+    read_weights,
+    save_pretrained,
+)
 from raybert.scratch import scratch
 from raybert.storage import Directory, absolute, local_file
 from raybert.tensorflow_checkpoint import GOOGLE, TensorFlowCheckpoint, find_prefix, read_checkpoint
@@ -136,7 +143,7 @@ def _opened(options: argparse.Namespace) -> Iterator[Content]:
     uri = find_weights(options.source)
     with Directory(uri).local() as path, _vocabulary(options.vocab, [uri]) as vocab_file:
         state = read_state(path)
-        weights, moments = read_weights(path), load_file(path / OPTIMIZER) if (path / OPTIMIZER).is_file() else {}
+        weights, moments = read_weights(path), load_tensors(path / OPTIMIZER) if (path / OPTIMIZER).is_file() else {}
         source = f"{RAYBERT if state else TRANSFORMERS}, {uri}"
         config, step = read_bert_config(path / CONFIG_JSON), state.get("step")
         yield Content(source, config, weights, moments, step, vocab_file, ())

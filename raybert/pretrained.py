@@ -255,10 +255,10 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 def _read_files(directory: Path) -> dict[str, Tensor]:
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
-        return _load_file(single)
+        return load_tensors(single)
     if index.is_file():
         files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        return {name: tensor for file in files for name, tensor in _load_file(directory / file).items()}
+        return {name: tensor for file in files for name, tensor in load_tensors(directory / file).items()}
     if any(directory.glob("pytorch_model*.bin")):
         raise UserError(
             f"weights must be safetensors, got only a pickle (pytorch_model.bin), which can run code, in {directory}; "
@@ -267,7 +267,12 @@ def _read_files(directory: Path) -> dict[str, Tensor]:
     raise UserError(f"{directory} must have model.safetensors, but has none; give a directory of transformers' form.")
 
 
-def _load_file(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: it is damaged, or cannot be read.
+    """
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -241,7 +241,10 @@ def _bert_nodes(graph: Objects) -> tuple[dict[str, int], bool]:
     encoder = graph.only(f"layer_with_weights-{_FIRST_LAYER}/_attention_layer", without="_attention_layer")
     network_head = graph.only("layer_with_weights-1/gamma", "layer_with_weights-2/bias", without="layer_with_weights-3")
     layer_head = graph.only("dense/kernel", "layer_norm/gamma", "bias", without="layer_with_weights-0")
-    next_sentence = graph.only("layer_with_weights-0/kernel", without="layer_with_weights-1")
+    is_pretrainer = (
+        network_head is not None or layer_head is not None
+    )  # or what looks like it classifies something else
+    next_sentence = graph.only("layer_with_weights-0/kernel", without="layer_with_weights-1") if is_pretrainer else None
     found: dict[str, int] = {}
     for start, parts in (
         (encoder, _encoder_parts(graph, encoder)),
