@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from raybert.config import ModelConfig
 from raybert.errors import UserError
@@ -39,7 +40,7 @@ from raybert.manifest import (
     find_checkpoints,
     place,
 )
-from raybert.pretrained import save_pretrained
+from raybert.pretrained import load_tensors, save_pretrained
 from raybert.retry import Wait, give_up, retry
 from raybert.scratch import scratch
 from raybert.step import TrainState
@@ -143,11 +144,39 @@ def bring(copy: HostCopy, state: TrainState, source: str) -> None:
     state.num_skipped.fill_(copy.step - copy.num_updates)
 
 
+def read_moments(directory: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The optimizer's moments in a directory, of what is trained of a model.
+
+    Raises:
+        UserError: there are none, or they are another model's.
+    """
+    if not (directory / OPTIMIZER).is_file():
+        raise UserError(f"{directory} has no {OPTIMIZER}, so no moments; leave training.init_optimizer out.")
+    trained = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    moments = {key: tensor for key, tensor in load_tensors(directory / OPTIMIZER).items() if _name_of(key) in trained}
+    theirs = {_name_of(key): tuple(tensor.shape) for key, tensor in moments.items() if key.startswith("exp_avg.")}
+    _check_same("optimizer moments", trained, theirs, str(directory))
+    return moments
+
+
+def load_moments(directory: Path, state: TrainState) -> None:
+    """Give a state's optimizer the moments in a directory.
+
+    Raises:
+        UserError: there are none, or they are another model's; nothing was changed.
+    """
+    _restore_moments(read_moments(directory, state.model), state, str(directory))
+
+
+def _name_of(key: str) -> str:
+    """The parameter that a moment is of."""
+    return key.partition(".")[2]
+
+
 def _restore_moments(moments: Mapping[str, torch.Tensor], state: TrainState, source: str) -> None:
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in moments.items():
-        kind, _, name = key.partition(".")
-        by_name.setdefault(name, {})[kind] = value
+        by_name.setdefault(_name_of(key), {})[key.partition(".")[0]] = value
     names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     if by_name:

@@ -60,6 +60,11 @@ def check_config(config: Config) -> None:
             f"guard.spike_sigma must be 0 or more, got guard.spike_sigma={config.guard.spike_sigma}; 6 is OLMo's, 0 "
             "looks for no spike."
         )
+    if config.training.init_optimizer and config.training.init_checkpoint is None:
+        raise UserError(
+            "training.init_optimizer takes the moments of training.init_checkpoint, and that is not set; set it, or "
+            "training.init_optimizer to false."
+        )
     _check_lengths(config)
     _check_float8(config)
     _check_masking(config)

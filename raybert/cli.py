@@ -82,6 +82,15 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         "Say what is in TFRecord files of samples, and what would spoil training.",
         _main_of("raybert.inspection"),
     ),
+    "evaluate": (
+        "Loss, accuracy and perplexity of a checkpoint on held-out samples.",
+        _main_of("raybert.scores"),
+    ),
+    "fill": ("Guess what stands at each [MASK] of a sentence.", _main_of("raybert.cloze")),
+    "convert": (
+        "Convert a checkpoint of TensorFlow, raybert or transformers; what comes out opens in the latter two.",
+        _main_of("raybert.convert"),
+    ),
     "verify": ("Prove from a run directory that every sample was trained on exactly once.", _main_of("raybert.verify")),
     "report": ("Make one HTML page of a run: curves, workers over time, goodput.", _main_of("raybert.report")),
     "bench": ("Measure decoding, the feed, the training step, what Ray costs, or all.", _main_of("raybert.bench")),

@@ -108,6 +108,8 @@ class TrainingConfig:
     """Train next sentence prediction too; false is masked LM only."""
     init_checkpoint: str | None = None
     """Initial weights: a transformers directory, a raybert checkpoint or run. A run found in run_dir wins over it."""
+    init_optimizer: bool = False
+    """Take the optimizer's moments of init_checkpoint too, as `convert` brings them from TensorFlow."""
     seed: int = 12345
     """Seed of initial weights, sample order and dropout."""
     log_every_steps: int = 10

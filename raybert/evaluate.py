@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from raybert.config import TrainingConfig
+from raybert.batch import MicroBatch
+from raybert.config import ModelConfig, TrainingConfig
 from raybert.index import Index, Ints
 from raybert.loss import Sums
 from raybert.model import BertForPreTraining
@@ -37,13 +39,21 @@ def evaluate(
     was_training = model.training
     model.eval()
     total = Sums.zero(world.device)
-    for first in range(start, stop, READ_SAMPLES):
-        features = index.read(np.arange(first, min(first + READ_SAMPLES, stop)))
-        for _, batch in cut(features, model.config, training, world.device):
-            with autocast(training, world):
-                total += forward(model, batch.to(world.device))
+    for batch in batches(index, start, stop, model.config, training, world):
+        with autocast(training, world):
+            total += forward(model, batch)
     model.train(was_training)
     return Sums(world.sum(total.values)).metrics()
+
+
+def batches(
+    index: Index, start: int, stop: int, model: ModelConfig, training: TrainingConfig, world: World
+) -> Iterator[MicroBatch]:
+    """The samples [start, stop) in file order, on this rank's device."""
+    for first in range(start, stop, READ_SAMPLES):
+        features = index.read(np.arange(first, min(first + READ_SAMPLES, stop)))
+        for _, batch in cut(features, model, training, world.device):
+            yield batch.to(world.device)
 
 
 def unigram_loss(train_counts: Ints, held_out_counts: Ints) -> float:

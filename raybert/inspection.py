@@ -116,7 +116,7 @@ def main(argv: list[str]) -> int:
     console = Console(stderr=True)
     progress = track(files, "inspecting", console=console, disable=options.json or not console.is_terminal)
     try:
-        schema = infer_schema(files, vocabulary)
+        schema = infer_schema(files, len(vocabulary.tokens))
         found = inspect_files(progress, schema, vocabulary, options.samples)
     except OSError as error:
         raise UserError(f"Cannot read the files: {error}; check the paths and the credentials.") from error
@@ -158,7 +158,7 @@ def _pieces(file: File) -> Iterator[Records]:
         yield from walk(decompressed_chunks(chunks(source)))
 
 
-def infer_schema(files: Sequence[File], vocabulary: Vocabulary) -> Schema:
+def infer_schema(files: Sequence[File], vocab_size: int, type_vocab_size: int = 2) -> Schema:
     """L and P as the first sample has them.
 
     Raises:
@@ -170,7 +170,7 @@ def infer_schema(files: Sequence[File], vocabulary: Vocabulary) -> Schema:
                 length, places = sizes_of(records.payload(i))
             except InvalidSampleError:
                 continue
-            return Schema(length, places, len(vocabulary.tokens), 2)
+            return Schema(length, places, vocab_size, type_vocab_size)
     names = ", ".join(file.path for file in files[:3])
     raise UserError(f"{len(files)} files ({names}) hold no BERT sample; give TFRecord files of `run.py prepare`.")
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raybert import wordpiece
+from raybert.checkpoint import read_moments
 from raybert.checks import check_config
 from raybert.config import Config, DataConfig
 from raybert.errors import UserError
@@ -24,6 +25,7 @@ from raybert.order import SampleOrder, steps_per_window
 from raybert.pretrained import check_vocabulary, load_pretrained, read_bert_config, read_vocabulary
 from raybert.retry import outlast_blip
 from raybert.storage import Directory, absolute, local_file
+from raybert.weights import find_weights
 
 UNNOTICED_WORKERS = 8  # what blocks of any size feed
 JOB_FILES = "working_dir_files"  # where Ray unpacks the working directories of jobs
@@ -48,7 +50,7 @@ def resolve(config: Config) -> Config:
         data = replace(data, vocab_file=absolute(data.vocab_file))
     if training.init_checkpoint is not None:
         with _option("training.init_checkpoint", training.init_checkpoint):
-            training = replace(training, init_checkpoint=_initial_weights(training.init_checkpoint))
+            training = replace(training, init_checkpoint=find_weights(training.init_checkpoint))
     return replace(config, run_dir=absolute(config.run_dir), data=data, training=training)
 
 
@@ -93,30 +95,22 @@ def _option(name: str, value: str) -> Iterator[None]:
         ) from error
 
 
-def _initial_weights(path: str) -> str:
-    """A directory of weights; of a run directory, its newest checkpoint."""
-    directory = Directory(absolute(path))
-    if directory.exists("config.json"):
-        return directory.uri
-    checkpoint = newest_checkpoint(directory, lambda _: None)
-    if checkpoint is None:
-        raise UserError(
-            f"{path!r} holds neither a config.json nor a run with a checkpoint; give a "
-            "transformers directory, a raybert checkpoint or a run directory."
-        )
-    return checkpoint.directory.uri
-
-
 def check_initial_weights(config: Config) -> str:
     """Load init_checkpoint once and say what of it fits.
 
     Raises:
         UserError: it does not fit the model.
     """
-    source = config.training.init_checkpoint
+    training = config.training
+    source = training.init_checkpoint
     assert source is not None
+    model = BertForPreTraining(config.model, training.use_next_sentence_label)
     with _option("training.init_checkpoint", source), Directory(source).local() as path:
-        return str(load_pretrained(BertForPreTraining(config.model), path))
+        report = str(load_pretrained(model, path))
+        if not training.init_optimizer:
+            return report
+        num_moments = len(read_moments(path, model))
+        return f"{report}; and {num_moments} tensors of the optimizer"
 
 
 def schema(config: Config) -> Schema:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ _OPTIONAL_KEYS = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initia
 _WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 
-def transformers_config(config: ModelConfig) -> dict[str, Any]:
+def transformers_config(config: ModelConfig, architecture: str = "BertForPreTraining") -> dict[str, Any]:
     """The content of config.json with which transformers builds the same model."""
     return {
-        "architectures": ["BertForPreTraining"],
+        "architectures": [architecture],
         "model_type": "bert",
         **asdict(config),
         "layer_norm_eps": LAYER_NORM_EPS,
@@ -54,17 +54,27 @@ def save_pretrained(
 
     Args:
         directory: an existing local directory.
-        state_dict: of a `BertForPreTraining`, on any device.
+        state_dict: of a `BertForPreTraining`, on any device; where it lacks a head, so does what is written.
         config: of the same model.
         vocab_file: one token a line; see `check_vocabulary`.
     """
     directory = Path(directory)
-    _write_json(directory / "config.json", transformers_config(config))
+    _write_json(directory / "config.json", transformers_config(config, architecture_of(state_dict)))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     if vocab_file is not None:
         shutil.copyfile(vocab_file, directory / "vocab.txt")
         _write_json(directory / "tokenizer_config.json", _tokenizer_config(vocab_file, config))
+
+
+def architecture_of(names: Iterable[str]) -> str:
+    """The class of transformers that has these tensors and no other head."""
+    heads = {name.split(".")[1] for name in names if name.startswith("cls.")}
+    return {
+        frozenset(("predictions", "seq_relationship")): "BertForPreTraining",
+        frozenset(("predictions",)): "BertForMaskedLM",
+        frozenset(("seq_relationship",)): "BertForNextSentencePrediction",
+    }.get(frozenset(heads), "BertModel")
 
 
 def _tokenizer_config(vocab_file: str | Path, config: ModelConfig) -> dict[str, Any]:
@@ -197,8 +207,7 @@ def load_pretrained(model: BertForPreTraining, directory: str | Path) -> LoadRep
     directory = Path(directory)
     if (directory / "config.json").is_file():
         _check_same_function(directory / "config.json", model.config)
-    weights = _with_our_names(directory, _read_weights(directory))
-    own = model.state_dict()
+    weights, own = read_weights(directory), model.state_dict()
     loaded = [name for name in own if name in weights]
     if not loaded:
         raise UserError(
@@ -234,13 +243,22 @@ def _check_same_shape(directory: Path, name: str, theirs: Tensor, ours: Tensor) 
         )
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a directory, under the names of BertForPreTraining's own files; see `load_pretrained`.
+
+    Raises:
+        UserError: no safetensors files, a damaged one, or an output projection that is not the word embeddings.
+    """
+    return _with_our_names(directory, _read_files(directory))
+
+
+def _read_files(directory: Path) -> dict[str, Tensor]:
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
-        return _load_file(single)
+        return load_tensors(single)
     if index.is_file():
         files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        return {name: tensor for file in files for name, tensor in _load_file(directory / file).items()}
+        return {name: tensor for file in files for name, tensor in load_tensors(directory / file).items()}
     if any(directory.glob("pytorch_model*.bin")):
         raise UserError(
             f"weights must be safetensors, got only a pickle (pytorch_model.bin), which can run code, in {directory}; "
@@ -249,7 +267,12 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     raise UserError(f"{directory} must have model.safetensors, but has none; give a directory of transformers' form.")
 
 
-def _load_file(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: it is damaged, or cannot be read.
+    """
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -9,7 +9,7 @@ Shape letters: M masked tokens, N of them in a part, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,31 @@ def cross_entropy_sums(projection: Projection, labels: Tensor, weights: Tensor) 
     return apply(*projection, labels, weights, torch.is_grad_enabled())
 
 
+@torch.no_grad()
+def cross_entropies(projection: Projection, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token what `cross_entropy_sums` sums up: [M] losses, fp32 at least, and [M] whether it was predicted."""
+    lowered = _lowered(projection)
+    with torch.autocast(labels.device.type, enabled=False):
+        parts = [cross_entropy(part.logits(), rows)[:2] for part, rows, _ in _parts(lowered, labels, labels)]
+    losses, hits = zip(*parts, strict=True)
+    return torch.cat(losses), torch.cat(hits)
+
+
+def _lowered(projection: Projection) -> Projection:
+    """In autocast's type."""
+    kind = projection.hidden_MD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else projection.table_VD.dtype
+    return Projection(*(x.to(dtype) for x in projection))
+
+
+def _parts(projection: Projection, labels: Tensor, weights: Tensor) -> Iterator[tuple[Projection, Tensor, Tensor]]:
+    """Rows that have few enough logits, with their labels and weights."""
+    hidden_MD, table_VD, bias_V = projection
+    num_rows = max(1, PART_LOGITS // len(table_VD))
+    for hidden_ND, *rows in zip(*(x.split(num_rows) for x in (hidden_MD, labels, weights)), strict=True):
+        yield Projection(hidden_ND, table_VD, bias_V), rows[0], rows[1]
+
+
 class _CrossEntropySums(torch.autograd.Function):
     """Until backward knows what the sum is multiplied by, its gradients are those of the sum alone.
 
@@ -59,15 +84,13 @@ class _CrossEntropySums(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_MD: Tensor, table_VD: Tensor, bias_V: Tensor, labels: Tensor, weights: Tensor, is_trained: bool
     ) -> tuple[Tensor, Tensor]:
-        kind, num_rows = hidden_MD.device.type, max(1, PART_LOGITS // len(table_VD))
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else table_VD.dtype
-        low_MD, low_VD, low_V = (x.to(dtype) for x in (hidden_MD, table_VD, bias_V))
         sums = weights.new_zeros(2)
         hidden_grads: list[Tensor] = []
         table_grad = bias_grad = None
-        with torch.autocast(kind, enabled=False):
-            for hidden_ND, *rows in zip(*(x.split(num_rows) for x in (low_MD, labels, weights)), strict=True):
-                part_sums, gradients = _part(Projection(hidden_ND, low_VD, low_V), rows[0], rows[1], is_trained)
+        lowered = _lowered(Projection(hidden_MD, table_VD, bias_V))
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            for part, part_labels, part_weights in _parts(lowered, labels, weights):
+                part_sums, gradients = _part(part, part_labels, part_weights, is_trained)
                 sums += part_sums
                 if gradients is not None:
                     hidden_grads.append(gradients.hidden_MD)

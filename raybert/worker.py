@@ -22,7 +22,7 @@ from raybert import ingest
 from raybert.begin import Begin
 from raybert.cadence import Past, past
 from raybert.capacity import fitted
-from raybert.checkpoint import Saver, Writer, restore
+from raybert.checkpoint import Saver, Writer, load_moments, restore
 from raybert.config import Config
 from raybert.entry import read_ledger
 from raybert.errors import UserError
@@ -205,6 +205,8 @@ def _initialize(state: TrainState, job: Job, attempt: Attempt, world: World) -> 
     elif job.config.training.init_checkpoint is not None:
         with Directory(job.config.training.init_checkpoint).local() as path:
             load_pretrained(state.model, path)
+            if job.config.training.init_optimizer:
+                load_moments(path, state)
     return ()
 
 
