@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from raybert.events import Event
+from raybert.events import Event, Tell
 
 T = TypeVar("T")
 
@@ -35,6 +35,7 @@ class Display:
         self._started: tuple[float, int] | None = None
         self._save_every_steps, self._committed = save_every_steps, (time.monotonic(), 0)
         self._gaps: deque[int] = deque(maxlen=5)  # steps between commits
+        self._hand_on: Tell | None = None
 
     def __enter__(self) -> Display:
         if self._live:
@@ -45,8 +46,17 @@ class Display:
         if self._live:
             self._live.stop()
 
+    def hand_on(self, to: Tell) -> None:
+        """Let somebody have every event after it is shown, from now on."""
+        self._hand_on = to
+
     def show(self, event: Event) -> None:
         """Show an event now."""
+        self._show(event)
+        if self._hand_on is not None:
+            self._hand_on(event)
+
+    def _show(self, event: Event) -> None:
         if event.kind == "train":
             left_s, commit_s = self._left_s(event.step), self._commit_s(event.step)
             self._progress(progress_line(event.step, self._num_steps, event.metrics, left_s, commit_s))
@@ -64,7 +74,7 @@ class Display:
             self.warn(f"attempt failed, {event.text}; another one begins.")
         elif event.kind in ("resize", "note"):
             self.line(event.text)
-        else:
+        elif event.kind == "checkpoint":
             self._gaps.append(event.step - self._committed[1])
             self._committed = (time.monotonic(), event.step)
             self.line(f"checkpoint {event.text}", "dim")

@@ -11,7 +11,6 @@ import raybert
 
 LAYERS = (  # from the bottom; a module imports from layers below its own
     (
-        "__init__",
         "allocator",
         "config",
         "errors",
@@ -27,7 +26,19 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
         "splitmix",
         "straggler",
     ),
-    ("chance", "checks", "config_file", "crc", "deal", "display", "flops", "inbox", "model_garden", "storage"),
+    (
+        "chance",
+        "checks",
+        "config_file",
+        "crc",
+        "deal",
+        "display",
+        "flops",
+        "inbox",
+        "listener",
+        "model_garden",
+        "storage",
+    ),
     ("compression", "entry", "history", "manifest", "wordpiece"),
     ("corpus", "masking"),
     ("cadence", "goodput", "guard", "proof", "tfrecord"),
@@ -45,7 +56,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
     ("float8",),
     ("pretrained", "step"),
     ("capacity", "checkpoint", "evaluate", "loop", "telemetry"),
-    ("agent", "interface", "lookout", "preflight"),
+    ("agent", "interface", "lookout", "preflight", "trackers"),
     ("verify",),
     ("cluster", "failures", "gauges", "ingest", "peers"),
     ("tasks", "worker"),
@@ -59,7 +70,7 @@ LAYERS = (  # from the bottom; a module imports from layers below its own
     ("bench_ray", "bench_scale"),
     ("bench",),
     ("cli",),
-    ("__main__",),
+    ("__init__", "__main__"),
 )
 LEVELS = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 PURE = {module for module, level in LEVELS.items() if level <= LEVELS["feed"]}
