@@ -1,7 +1,9 @@
 """raybert from Python: a run in ten lines, and a callable that hears its events and cannot harm it."""
 
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -10,8 +12,11 @@ import pytest
 from helpers import tiny_config, write_samples
 
 import raybert
+from raybert.config_file import config_to_yaml
 from raybert.events import Event
 from raybert.listener import Listeners
+from raybert.manifest import newest_checkpoint
+from raybert.storage import Directory
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,11 +87,30 @@ def test_on_log_hears_all_that_is_shown_in_order_and_the_end(config, capsys):
     assert all(f"loss {loss:.3f}" in shown for loss in losses)
 
 
-def test_on_log_hears_a_run_on_workers(config):
-    heard = []
-    raybert.train(config(**{"cluster.num_workers": 2}), heard.append)
-    assert [event.step for event in heard if event.kind == "train"] == [2, 4, 6, 8]
-    assert heard[-1] == Event("end", text="finished")
+IN_TEN_LINES = """
+import raybert
+
+config = raybert.load_config({config!r})
+losses = []
+
+def on_log(event):
+    if event.kind == "train":
+        losses.append((event.step, event.metrics["world_size"]))
+
+checkpoint = raybert.train(config, on_log)
+print(losses, checkpoint.rpartition("/")[2])
+"""
+
+
+def test_on_log_hears_a_run_on_workers(config, tmp_path):
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config(**{"cluster.num_workers": 2})))
+    script = IN_TEN_LINES.format(config=str(tmp_path / "config.yaml"))
+    known = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        known |= {"RAY_TMPDIR": directory, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=known, cwd=tmp_path)
+    expected = f"{[(step, 2) for step in (2, 4, 6, 8)]} step-00000008-attempt-0001"
+    assert done.stdout.splitlines()[-1:] == [expected], done.stderr
 
 
 def test_an_error_of_on_log_is_warned_of_once_and_ends_nothing(config, capsys):
@@ -127,9 +151,8 @@ def test_on_log_interrupts_a_run_as_ctrl_c_does_and_the_same_call_resumes_it(con
         raybert.train(config(**{"training.num_steps": 100_000}), on_log)
     assert "Interrupted; the same command resumes the run" in capsys.readouterr().out
     assert heard[-1] == Event("end", text="interrupted")
-    raybert.train(
-        config(**{"training.num_steps": 2000, "training.log_every_steps": 100, "checkpoint.every_steps": 1000})
-    )
+    num_steps = newest_checkpoint(Directory(config().run_dir), print).step + 8
+    raybert.train(config(**{"training.num_steps": num_steps}))
     assert "attempt 2: 1 worker, from step " in capsys.readouterr().out
 
 
