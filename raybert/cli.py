@@ -64,6 +64,24 @@ def train(argv: list[str]) -> int:
     return run(arguments.config, arguments.verbose)
 
 
+def doctor(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(DOCTOR_HELP)
+        return 0
+    arguments = parse_train([word for word in argv if word != "--json"])
+    from raybert.doctor import examine
+
+    return examine(arguments.config, "--json" in argv, arguments.verbose)
+
+
+DOCTOR_HELP = """usage: python run.py doctor [--json] [--config FILE] [--section.field VALUE ...]
+
+Before a long run: look at configuration, files, storage, cluster, network, data, and a few steps of the real model, and
+say "go" or what to mend first. It takes the flags of train.
+
+Exit code: 0 for "go", 1 if something must be mended first."""
+
+
 def _main_of(module: str) -> Callable[[list[str]], int]:
     """`main(argv)` of a module that is imported when it is called."""
 
@@ -76,6 +94,7 @@ def _main_of(module: str) -> Callable[[list[str]], int]:
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("Pretrain BERT, or continue the run found in run_dir.", train),
+    "doctor": ("Before a long run: look at all that it needs, and say go or what to mend first.", doctor),
     "prepare": ("Make TFRecord shards to train on from a folder of text.", _main_of("raybert.prepare")),
     "vocab": ("Learn a WordPiece vocabulary from text.", _main_of("raybert.vocab")),
     "inspect": (
