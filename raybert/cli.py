@@ -65,21 +65,34 @@ def train(argv: list[str]) -> int:
 
 
 def doctor(argv: list[str]) -> int:
+    """Exit code 0 for "go", 1 if something must be mended first."""
+    return _ahead_of_train(
+        argv,
+        "raybert.doctor",
+        "Before a long run: look at configuration, files, storage, cluster, network, data, and a few steps of the\n"
+        'real model, and say "go" (exit code 0) or what to mend first (1).',
+    )
+
+
+def tune_batch(argv: list[str]) -> int:
+    return _ahead_of_train(
+        argv,
+        "raybert.tuning",
+        "Try bounds of a forward and backward (training.micro_batch_size, training.micro_batch_tokens) on real\n"
+        "batches, for up to two minutes or so, and print the flags of the fastest.",
+    )
+
+
+def _ahead_of_train(argv: list[str], module: str, summary: str) -> int:
+    """Run a command that takes the flags of train, and --json."""
     if {"-h", "--help"} & set(argv):
-        print(DOCTOR_HELP)
+        command = "doctor" if module == "raybert.doctor" else "tune-batch"
+        print(f"usage: python run.py {command} [--json] [--config FILE] [-v] [--section.field VALUE ...]\n\n{summary}")
+        print("\nThe flags are those of train.")
         return 0
     arguments = parse_train([word for word in argv if word != "--json"])
-    from raybert.doctor import examine
-
-    return examine(arguments.config, "--json" in argv, arguments.verbose)
-
-
-DOCTOR_HELP = """usage: python run.py doctor [--json] [--config FILE] [--section.field VALUE ...]
-
-Before a long run: look at configuration, files, storage, cluster, network, data, and a few steps of the real model, and
-say "go" or what to mend first. It takes the flags of train.
-
-Exit code: 0 for "go", 1 if something must be mended first."""
+    code: int = importlib.import_module(module).main(arguments.config, "--json" in argv, arguments.verbose)
+    return code
 
 
 def _main_of(module: str) -> Callable[[list[str]], int]:
@@ -101,6 +114,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         "Say what is in TFRecord files of samples, and what would spoil training.",
         _main_of("raybert.inspection"),
     ),
+    "tune-batch": ("Find the fastest micro-batch for this configuration, and print its flags.", tune_batch),
     "verify": ("Prove from a run directory that every sample was trained on exactly once.", _main_of("raybert.verify")),
     "bench": ("Measure decoding, the feed, the training step, what Ray costs, or all.", _main_of("raybert.bench")),
     "notice": ("Beside a spot node: wait for the cloud's notice, and drain the node.", _main_of("raybert.agent")),

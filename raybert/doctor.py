@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raybert import cluster, preflight
 from raybert.checks import check_config
-from raybert.config import Config
+from raybert.config import ClusterConfig, Config
 from raybert.display import duration
 from raybert.errors import UserError
 from raybert.failures import cause_of
@@ -52,7 +52,7 @@ NODE_S, PINGS = 120.0, 5  # that a node may take to start a process; questions f
 INSPECTED_BYTES = 32 << 20
 
 
-def examine(config: Config, as_json: bool = False, verbose: bool = False) -> int:
+def main(config: Config, as_json: bool = False, verbose: bool = False) -> int:
     """Look at everything, and print a line each; 0 if the run may go, 1 if something must be mended first."""
     cluster.quiet(verbose)
     findings = []
@@ -306,9 +306,9 @@ def _steps(known: _Known, _: ExitStack, __: bool) -> Iterator[Finding]:
     config = known.config
     assert known.index is not None
     low, high = config.cluster.worker_range()
-    room = min(high, cluster.room(config.cluster)) if high else 0
+    room = min(high, _free_room(config.cluster)) if high else 0
     if high and not room:
-        yield Finding("step", WARNING, "not measured: no node has room for a worker yet")
+        yield Finding("step", WARNING, "not measured: no node has room for a worker now; let other jobs end first")
         return
     trial = _trial_here(config, known.index) if not high else _trial_on_ray(config, known.index, room)
     yield from of_trial(trial)
@@ -324,6 +324,13 @@ def _steps(known: _Known, _: ExitStack, __: bool) -> Iterator[Finding]:
         trial.parameters, saving.keep, saving.every_steps, training.num_steps, trial.step_s, known.write_rate,
         _free_disk_bytes(run),
     )  # fmt: skip
+
+
+def _free_room(config: ClusterConfig) -> int:
+    """How many workers the live nodes have room for, beside what others are using."""
+    free = ray.available_resources()
+    by_cpu = int(free.get("CPU", 0) // config.cpus_per_worker)
+    return min(cluster.room(config), by_cpu, int(free.get("GPU", 0)) if config.use_gpu else by_cpu)
 
 
 def _trial_here(config: Config, index: Index) -> Trial:

@@ -25,6 +25,7 @@ from raybert.display import attempt_line
 from raybert.errors import UserError
 from raybert.events import Event, Tell
 from raybert.listener import FINISHED, INTERRUPTED
+from raybert.retry import outlast_blip
 from raybert.storage import Directory
 from raybert.telemetry import read_metrics
 
@@ -81,7 +82,8 @@ def trackers(config: Config, run: Directory) -> dict[str, Tell]:
 
 def _logged(run: Directory) -> dict[str, int]:
     """The last step that the run has logged, by kind; to be read before an attempt takes back what it does again."""
-    return {row["kind"]: row["step"] for row in sorted(read_metrics(run), key=lambda row: int(row["step"]))}
+    rows = outlast_blip(lambda: read_metrics(run))
+    return {row["kind"]: row["step"] for row in sorted(rows, key=lambda row: int(row["step"]))}
 
 
 @dataclass
