@@ -107,13 +107,13 @@ def _main_of(module: str) -> Callable[[list[str]], int]:
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("Pretrain BERT, or continue the run found in run_dir.", train),
-    "doctor": ("Before a long run: look at all that it needs, and say go or what to mend first.", doctor),
     "prepare": ("Make TFRecord shards to train on from a folder of text.", _main_of("raybert.prepare")),
     "vocab": ("Learn a WordPiece vocabulary from text.", _main_of("raybert.vocab")),
     "inspect": (
         "Say what is in TFRecord files of samples, and what would spoil training.",
         _main_of("raybert.inspection"),
     ),
+    "doctor": ("Before a long run: look at all that it needs, and say go or what to mend first.", doctor),
     "tune-batch": ("Find the fastest micro-batch for this configuration, and print its flags.", tune_batch),
     "verify": ("Prove from a run directory that every sample was trained on exactly once.", _main_of("raybert.verify")),
     "bench": ("Measure decoding, the feed, the training step, what Ray costs, or all.", _main_of("raybert.bench")),
