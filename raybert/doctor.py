@@ -50,6 +50,7 @@ SLOW_BYTES_PER_S = 10e6
 SHARED_S = 10.0  # that a file written by the driver may take to be seen on another node
 NODE_S, PINGS = 120.0, 5  # that a node may take to start a process; questions for its clock
 INSPECTED_BYTES = 32 << 20
+LOOKED_FOR = 1000  # files that every node is asked for, of all
 
 
 def main(config: Config, as_json: bool = False, verbose: bool = False) -> int:
@@ -74,6 +75,7 @@ class _Known:
 
     config: Config
     files: Sequence[File] = ()
+    held_out: Sequence[File] = ()
     write_rate: float = 0.0
     index: Index | None = None
 
@@ -116,9 +118,9 @@ def _configuration(known: _Known, _: ExitStack, __: bool) -> Iterator[Finding]:
 
 def _files(known: _Known, _: ExitStack, __: bool) -> Iterator[Finding]:
     known.files = find_files(known.config.data.input_files, "data.input_files")
-    held_out = find_files(known.config.evaluation.input_files, "evaluation.input_files")
+    known.held_out = find_files(known.config.evaluation.input_files, "evaluation.input_files")
     size_bytes = sum(file.size_bytes for file in known.files)
-    text = f"{len(known.files):,} files, {size_bytes / GB:.3g} GB, and {len(held_out)} held-out"
+    text = f"{len(known.files):,} files, {size_bytes / GB:.3g} GB, and {len(known.held_out)} held-out"
     yield Finding("files", OK, text, {"files": len(known.files), "bytes": size_bytes})
 
 
@@ -195,7 +197,8 @@ def _cluster(known: _Known, contexts: ExitStack, verbose: bool) -> Iterator[Find
     name = f".probe-{uuid.uuid4().hex}"
     run.write(name, b"probe")
     try:
-        yield from of_nodes(list(_nodes(run, name, known.files)), run.uri)
+        files = [*known.files, *known.held_out]
+        yield from of_nodes(list(_nodes(run, name, files[:: -(-len(files) // LOOKED_FOR)])), run.uri)
     finally:
         run.remove(name)
     shortage = cluster.shortage(config.cluster) if ray.is_initialized() else None
@@ -280,7 +283,9 @@ def _is_same(file: File) -> bool:
 def _data(known: _Known, _: ExitStack, __: bool) -> Iterator[Finding]:
     """Some of the files, verified as the run will do it, and what would spoil training."""
     config, files = known.config, some_files(known.files)
-    known.index = index = index_some(config, files)
+    known.index = index = index_some(config, files, "data.input_files")
+    if known.held_out:
+        index_some(config, some_files(known.held_out), "evaluation.input_files")
     preflight.check_tokens(config, index)
     text = f"{index.num_samples:,} samples in {len(files)} of {len(known.files)} files are sound"
     yield Finding("data", OK, text, {"samples": index.num_samples, "files": len(files)})

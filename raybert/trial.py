@@ -35,8 +35,8 @@ def some_files(files: Sequence[File]) -> list[File]:
     return ordered[: max(1, int((ends <= SAMPLE_BYTES).sum()))]
 
 
-def index_some(config: Config, files: Sequence[File]) -> Index:
-    """The index of some training files, as the run will use it.
+def index_some(config: Config, files: Sequence[File], option: str) -> Index:
+    """The index of some files of a setting, as the run will use it.
 
     Raises:
         UserError: a file is damaged, or does not fit the configuration.
@@ -44,7 +44,7 @@ def index_some(config: Config, files: Sequence[File]) -> Index:
     cache = Directory(config.run_dir) / INDEX
     max_bad = MAX_BAD_SHOWN if config.data.on_bad_record == "error" else None
     shards = [index_shard(file, schema(config), cache, max_bad) for file in sorted(files, key=lambda file: file.path)]
-    check_shards(shards, "data.input_files", config.data.on_bad_record)
+    check_shards(shards, option, config.data.on_bad_record)
     return Index(shards, schema(config))
 
 

@@ -70,7 +70,8 @@ def main(config: Config, as_json: bool = False, verbose: bool = False) -> int:
     config = preflight.resolve(config)
     cluster.check_gpus(config.cluster)
     preflight.check_run_dir(Directory(config.run_dir), lambda _: None)  # the index is kept there
-    index = index_some(config, some_files(find_files(config.data.input_files, "data.input_files")))
+    files = some_files(find_files(config.data.input_files, "data.input_files"))
+    index = index_some(config, files, "data.input_files")
     candidates = _tried(config, index, verbose)
     best = min(candidates, key=lambda candidate: candidate.step_s)
     if as_json:

@@ -175,6 +175,10 @@ def broken(config_file, tmp_path, name):
         content[len(content) // 2] ^= 255
         samples.write_bytes(content)
         return [], f"fix      data: data.input_files: bad records:\n  {samples}: record "
+    if name == "held-out":
+        (tmp_path / "held-out").write_bytes(b"no records")
+        arguments = ["--evaluation.input_files", str(tmp_path / "held-out")]
+        return arguments, f"fix      data: evaluation.input_files: bad records:\n  {tmp_path}/held-out: record 0"
     if name == "no file":
         return [
             "--data.input_files",
@@ -186,7 +190,7 @@ def broken(config_file, tmp_path, name):
     return ["--cluster.use_gpu", "true"], "fix      configuration: cluster.use_gpu is true, but torch"
 
 
-@pytest.mark.parametrize("name", ["run_dir", "damaged", "no file", "setting", "gpu"])
+@pytest.mark.parametrize("name", ["run_dir", "damaged", "held-out", "no file", "setting", "gpu"])
 def test_what_is_wrong_is_named_and_what_depends_on_it_is_not_looked_at(config_file, tmp_path, capsys, name):
     import torch
 
