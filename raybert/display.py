@@ -71,7 +71,7 @@ class Display:
         elif event.kind == "warning":
             self.line(f"warning: {event.text}", "yellow")
         elif event.kind == "failure":
-            self.warn(f"attempt failed, {event.text}; another one begins.")
+            self._show(Event("warning", text=f"attempt failed, {event.text}; another one begins."))
         elif event.kind in ("resize", "note"):
             self.line(event.text)
         elif event.kind == "checkpoint":

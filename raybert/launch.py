@@ -62,9 +62,7 @@ def run(config: Config, verbose: bool = False, on_log: Tell | None = None) -> in
     Args:
         config: of the run.
         verbose: log what Ray and raybert do.
-        on_log: called with every event that is shown, and at last with one of kind "end"; in this process, in a thread
-            of its own, in order. It cannot slow the run. An error of it is warned of once and ends nothing; by a
-            KeyboardInterrupt it interrupts the run, as Ctrl-C does.
+        on_log: hears the run's events; see `raybert.train`.
 
     Raises:
         UserError: something the user can mend; the run, if there is one, can be resumed.

@@ -6,13 +6,16 @@ import sys
 import tempfile
 import threading
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from helpers import tiny_config, write_samples
+from rich.console import Console
 
 import raybert
 from raybert.config_file import config_to_yaml
+from raybert.display import Display
 from raybert.events import Event
 from raybert.listener import Listeners
 from raybert.manifest import newest_checkpoint
@@ -154,6 +157,15 @@ def test_on_log_interrupts_a_run_as_ctrl_c_does_and_the_same_call_resumes_it(con
     num_steps = newest_checkpoint(Directory(config().run_dir), print).step + 8
     raybert.train(config(**{"training.num_steps": num_steps}))
     assert "attempt 2: 1 worker, from step " in capsys.readouterr().out
+
+
+def test_a_failure_is_one_event():
+    heard = []
+    display = Display(10, Console(file=StringIO()))
+    display.hand_on(heard.append)
+    display.show(Event("failure", 3, "a worker died"))
+    display.warn("late")
+    assert [event.kind for event in heard] == ["failure", "warning"]
 
 
 def test_a_user_error_reaches_the_caller_and_on_log(config, tmp_path):
