@@ -69,6 +69,7 @@ def check_config(config: Config) -> None:
     _check_float8(config)
     _check_masking(config)
     _check_workers(config)
+    _check_logging(config)
 
 
 def _check_paths(config: Config) -> None:
@@ -168,4 +169,23 @@ def _check_workers(config: Config) -> None:
             f"training.global_batch_size must be at least the largest number of workers, got "
             f"global_batch_size={config.training.global_batch_size} and cluster.num_workers={workers}; "
             f"raise the batch size or lower the number of workers."
+        )
+
+
+def _check_logging(config: Config) -> None:
+    logging = config.logging
+    for name in ("wandb_project", "mlflow_experiment", "mlflow_tracking_uri", "run_name"):
+        value = getattr(logging, name)
+        if value is not None and not value.strip():
+            raise UserError(f"logging.{name} must not be empty; give a name, or null for none.")
+    uri = logging.mlflow_tracking_uri
+    if uri is not None and logging.mlflow_experiment is None:
+        raise UserError(
+            "logging.mlflow_tracking_uri says where MLflow is, but not what to log to; set logging.mlflow_experiment, "
+            "too, such as to bert."
+        )
+    if uri is not None and "@" in uri.partition("://")[2].partition("/")[0]:
+        raise UserError(
+            "logging.mlflow_tracking_uri must not hold credentials, since settings are kept with the run; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address in MLFLOW_TRACKING_URI."
         )

@@ -191,13 +191,18 @@ def check_capacity(config: ClusterConfig) -> None:
         check_nodes(live_nodes(), config)
 
 
+def room(config: ClusterConfig) -> int:
+    """How many workers the live nodes have room for."""
+    return sum(_fitting(node, config) for node in live_nodes())
+
+
 def shortage(config: ClusterConfig) -> str | None:
     """What a run waits for while the live nodes have no room for its workers; None if they have."""
-    room, (low, high) = sum(_fitting(node, config) for node in live_nodes()), config.worker_range()
-    if room >= low:
+    now, (low, high) = room(config), config.worker_range()
+    if now >= low:
         return None
     return (
-        f"waiting for nodes: {_needs(config)} for each of at least {low} workers, and room for {room} now; "
+        f"waiting for nodes: {_needs(config)} for each of at least {low} workers, and room for {now} now; "
         f"`ray status` on the head says what the autoscaler does. It starts none at all if it may not start {high}."
     )
 

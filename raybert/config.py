@@ -186,6 +186,20 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class LoggingConfig:
+    """Where metrics go beside the run directory; keys and passwords only by the libraries' own variables."""
+
+    wandb_project: str | None = None
+    """Log to this project of Weights & Biases (pip install 'raybert[wandb]'); WANDB_MODE=offline logs to files."""
+    mlflow_experiment: str | None = None
+    """Log to this experiment of MLflow (pip install 'raybert[mlflow]')."""
+    mlflow_tracking_uri: str | None = None
+    """MLflow's server or database, such as http://host:5000 or sqlite:///mlflow.db; default: MLFLOW_TRACKING_URI."""
+    run_name: str | None = None
+    """The run's name there; default: the last part of run_dir."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A pretraining run."""
 
@@ -201,3 +215,4 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

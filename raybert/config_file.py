@@ -72,13 +72,29 @@ def load_settings(name_or_path: str) -> list[Setting]:
     return read_settings(text, str(path))
 
 
-def load_config(name_or_path: str) -> Config:
-    """The configuration of a YAML file, or a shipped one by its name.
+def load_config(name_or_path: str | None = None, **overrides: object) -> Config:
+    """The configuration of a YAML file, or a shipped one by its name, with other values laid over it.
+
+    Args:
+        name_or_path: None: the defaults.
+        overrides: a section's fields as a mapping (`training={"num_steps": 100}`), a setting that is in none
+            (`run_dir="runs/first"`), or dotted names (`**{"training.num_steps": 100}`).
 
     Raises:
-        UserError: there is none, or it is wrong.
+        UserError: there is no such configuration or setting, or a value is wrong.
     """
-    return build_config(load_settings(name_or_path))
+    settings = [] if name_or_path is None else load_settings(name_or_path)
+    return build_config([*settings, *_overriding(overrides)])
+
+
+def _overriding(overrides: Mapping[str, object]) -> Iterator[Setting]:
+    for name, value in overrides.items():
+        if name in SECTIONS:
+            if not isinstance(value, Mapping):
+                raise UserError(f"load_config: {name} is a section; give a mapping of its fields, got {value!r}.")
+            yield from (Setting(f"{name}.{key}", each, "load_config") for key, each in value.items())
+        else:
+            yield Setting(name, value, "load_config")
 
 
 def shipped_names() -> list[str]:

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.segment import ControlType
 from rich.text import Text
 
-from raybert.events import Event
+from raybert.events import Event, Tell
 from raybert.view import SPARK_WIDTH, View, block, counted, duration
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ class Display:
         self._gaps: deque[int] = deque(maxlen=5)  # steps between commits
         self._losses: deque[float] = deque(maxlen=SPARK_WIDTH * LOGS_A_SPARK)
         self._drawn: list[int] = []  # columns of the block's lines, as they were drawn last
+        self._hand_on: Tell | None = None
         self._live = self._make_live()
 
     def _make_live(self) -> Live | None:
@@ -65,6 +66,10 @@ class Display:
             self._live.stop()
             self._live = None
 
+    def hand_on(self, to: Tell) -> None:
+        """Let somebody have every event after it is shown, from now on."""
+        self._hand_on = to
+
     def show(self, event: Event, goodput: float | None = None) -> None:
         """Show an event now.
 
@@ -75,6 +80,11 @@ class Display:
         self._keep(event)
         if self._live:
             self._look(event, goodput)
+        self._show(event)
+        if self._hand_on is not None:
+            self._hand_on(event)
+
+    def _show(self, event: Event) -> None:
         if event.kind == "train" and self._live is None:
             left_s, commit_s = self._left_s(event.step), self._commit_s(event.step)
             self.line(progress_line(event.step, self._num_steps, event.metrics, left_s, commit_s))

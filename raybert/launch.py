@@ -32,7 +32,7 @@ from raybert.display import Display
 from raybert.entry import read_ledger
 from raybert.errors import UserError
 from raybert.evaluate import unigram_loss
-from raybert.events import Event
+from raybert.events import Event, Tell
 from raybert.failures import StopRetrying, cause_of
 from raybert.gauges import Gauges
 from raybert.goodput import lines, summarize
@@ -40,13 +40,15 @@ from raybert.guard import RollbackError
 from raybert.inbox import Inbox, Post
 from raybert.index import INDEX, Index, Shard, check_shards, index_shard, write_list
 from raybert.ledger import Ledger
+from raybert.listener import Listeners
 from raybert.manifest import Checkpoint, newest_checkpoint
 from raybert.peers import create_peers
 from raybert.retry import outlast_blip
 from raybert.scratch import scratch
 from raybert.starts import PatientTorchConfig
-from raybert.storage import Directory, File, find_files, local_file, open_input
+from raybert.storage import Directory, File, absolute, find_files, local_file, open_input
 from raybert.telemetry import EVAL, read_metrics
+from raybert.trackers import check_trackers, trackers
 from raybert.worker import VOCABULARY, Job, train_ray_worker, train_worker
 
 POLL_S = 0.3
@@ -55,8 +57,13 @@ SHORTAGE_S = 60.0  # between two looks at whether the run waits for nodes
 MAX_BAD_RECORDS = 20  # after so many, a file that is refused is not read on
 
 
-def run(config: Config, verbose: bool = False) -> int:
+def run(config: Config, verbose: bool = False, on_log: Tell | None = None) -> int:
     """Pretrain, or continue the run found in run_dir, and return the exit code.
+
+    Args:
+        config: of the run.
+        verbose: log what Ray and raybert do.
+        on_log: hears the run's events; see `raybert.train`.
 
     Raises:
         UserError: something the user can mend; the run, if there is one, can be resumed.
@@ -64,18 +71,34 @@ def run(config: Config, verbose: bool = False) -> int:
     cluster.quiet(verbose)
     config = preflight.resolve(config)
     cluster.check_gpus(config.cluster)
+    check_trackers(config.logging)
     run_dir = Directory(config.run_dir)
     every_steps = config.checkpoint.every_steps
     shown = Display(config.training.num_steps, save_every_steps=0 if every_steps == "auto" else every_steps)
     with shown as display, _terminable() as received:
         try:
-            preflight.check_run_dir(run_dir, display.warn)
-            return _run(config, run_dir, display, verbose)
+            with Listeners(display.warn) as listeners:
+                display.hand_on(listeners.hear)
+                if on_log is not None:
+                    listeners.add(on_log, "on_log")
+                preflight.check_run_dir(run_dir, display.warn)
+                for name, tracker in trackers(config, run_dir).items():
+                    listeners.add(tracker, name)
+                return _run(config, run_dir, display, verbose)
         except KeyboardInterrupt:
             display.freeze()
             display.line(f"Interrupted; the same command resumes the run in {run_dir.uri}.")
             _write_report(run_dir, display)  # last: who stops a job may wait for seconds only
             return 128 + (received[0] if received else signal.SIGINT)
+
+
+def train(config: Config, on_log: Tell | None = None, verbose: bool = False) -> str:
+    """See `raybert.train`."""
+    if run(config, verbose, on_log):
+        raise KeyboardInterrupt
+    checkpoint = outlast_blip(lambda: newest_checkpoint(Directory(absolute(config.run_dir)), lambda _: None))
+    assert checkpoint is not None
+    return checkpoint.directory.uri
 
 
 @contextmanager
