@@ -432,8 +432,9 @@ def _print_result(run_dir: Directory, config: Config, display: Display) -> None:
     if evaluations and run_dir.exists(BASELINES):
         display.held_out(evaluations[-1], json.loads(run_dir.read(BASELINES)))
     _print_cost(run_dir, config, display)
-    if run_dir.exists(REPORT):
-        display.line(f"Report: {(run_dir / REPORT).uri}")
+    with suppress(OSError):
+        if run_dir.exists(REPORT):
+            display.line(f"Report: {(run_dir / REPORT).uri}")
     display.line(f"Checkpoint: {checkpoint.directory.uri}")
     display.line("Open it with transformers:")
     model = f'BertForPreTraining.from_pretrained("{checkpoint.directory.uri}")'
