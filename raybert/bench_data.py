@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from operator import attrgetter
 from pathlib import Path
 
 from raybert.config import Config
@@ -12,15 +13,15 @@ from raybert.preflight import sample_order, schema
 from raybert.storage import Directory, find_files
 
 
-def build_index(config: Config, cache: Path) -> Index:
-    """The index of the configured files.
+def build_index(config: Config, cache: Path, option: str = "data.input_files") -> Index:
+    """The index of the files that an option names.
 
     Raises:
         UserError: a file is damaged or does not fit the configuration.
     """
-    files = find_files(config.data.input_files, "data.input_files")
+    files = find_files(attrgetter(option)(config), option)
     shards = [index_shard(file, schema(config), Directory(str(cache))) for file in files]
-    check_shards(shards, "data.input_files", "error")
+    check_shards(shards, option, "error")
     return Index(shards, schema(config))
 
 
