@@ -19,19 +19,23 @@ import torch
 from transformers import BatchEncoding, BertConfig, BertForSequenceClassification, BertTokenizer
 
 Example = tuple[str, int]  # a sentence, and 1 if it is positive
+STARTS = ("pretrained", "random")
 SPLIT_SEED = 0  # which sentences are held out is the same for every seed
 EVALUATION_SIZE = 128  # sentences at once
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the held-out accuracy of both for every seed, then their means and standard deviations."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if not (options.checkpoint / "config.json").is_file():
+        parser.error(f"{options.checkpoint} holds no config.json; give the directory of a checkpoint.")
     torch.set_num_threads(options.threads)
     held_out, train = split(read(options.rated), options.num_held_out)
     train = train[: options.num_train]
     majority = max(statistics.fmean(label == kind for _, label in held_out) for kind in (0, 1))
     print(f"{len(train):,} sentences to train on, {len(held_out):,} held out; the majority of them {majority:.3f}")
-    accuracies: dict[str, list[float]] = {"pretrained": [], "random": []}
+    accuracies: dict[str, list[float]] = {start: [] for start in options.starts}
     for seed in range(options.seeds):
         for start, known in accuracies.items():
             model = build(options.checkpoint, is_pretrained=start == "pretrained", seed=seed)
@@ -48,8 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python docs/finetune.py", description="Fine-tune on rated sentences.")
     parser.add_argument("checkpoint", type=Path, help="directory of a checkpoint")
     parser.add_argument("rated", type=Path, help="lines of number, mean rating and sentence, tabs between them")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="which weights to begin from")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--num_train", type=int, default=2000, help="sentences to train on, at most")
@@ -60,8 +65,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def read(path: Path) -> list[Example]:
     """The sentences whose mean rating is not 0."""
-    rows = (line.split("\t", 2) for line in path.read_text(encoding="utf-8-sig").splitlines())
-    return [(text, int(float(rating) > 0)) for _, rating, text in rows if float(rating) != 0]
+    examples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        try:
+            _, rating, text = line.split("\t", 2)
+            if float(rating) != 0:
+                examples.append((text.strip(), int(float(rating) > 0)))
+        except ValueError:
+            if line.strip():
+                raise SystemExit(f"{path}, line {number}: not a number, a rating and a sentence with tabs") from None
+    return examples
 
 
 def split(examples: list[Example], num_held_out: int) -> tuple[list[Example], list[Example]]:

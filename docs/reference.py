@@ -1,10 +1,11 @@
 """Train transformers' BertForPreTraining beside raybert's model, and write what both have learned at the same steps.
 
-    python docs/reference.py --num_steps 1000
+    python docs/reference.py --num_steps 300
 
 Both begin with the same weights and see the same batches in the same order, masks included; optimizer and learning
 rates are the same too. Held-out figures of both come from the same evaluation. Run it where the configuration finds its
-files (docs/LEARNING.md). Without dropout, since the two draw different random numbers.
+files (docs/LEARNING.md). Without dropout, since the two draw different random numbers. One difference is left:
+transformers divides by the masked tokens of each micro-batch, raybert by those of the batch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from raybert.bench_data import build_index
 from raybert.bench_step import Peer
 from raybert.config import Config
 from raybert.config_file import load_config
+from raybert.errors import UserError
 from raybert.evaluate import evaluate
 from raybert.feed import Layout, local_batches
 from raybert.model import BertForPreTraining
@@ -37,18 +39,27 @@ def main(argv: list[str] | None = None) -> None:
     """A line of JSON for every so many steps: both sides' held-out metrics."""
     parser = argparse.ArgumentParser("python docs/reference.py", description="raybert and transformers, side by side.")
     parser.add_argument("--config", default="laptop", help="a YAML file or a shipped configuration")
-    parser.add_argument("--num_steps", type=int, default=1000, help="steps to take of those that are configured")
+    parser.add_argument("--num_steps", type=int, default=300, help="steps to take of those that are configured")
     parser.add_argument("--every_steps", type=int, default=100, help="steps between two evaluations")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    config = without_dropout(resolve(load_config(options.config)))
-    for step, metrics in side_by_side(config, options.num_steps, options.every_steps):
-        print(json.dumps({"step": step, **metrics}), flush=True)
+    try:
+        config = comparable(resolve(load_config(options.config)))
+        for step, metrics in side_by_side(config, options.num_steps, options.every_steps):
+            print(json.dumps({"step": step, **metrics}), flush=True)
+    except UserError as error:
+        parser.error(str(error))
 
 
-def without_dropout(config: Config) -> Config:
-    """The same with no dropout."""
+def comparable(config: Config) -> Config:
+    """The same without dropout.
+
+    Raises:
+        UserError: there is nothing to compare on.
+    """
+    if not config.evaluation.input_files:
+        raise UserError("evaluation.input_files is empty; give a --config that names held-out files.")
     return replace(config, model=replace(config.model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 
