@@ -13,6 +13,7 @@ from helpers import SAMPLE_FILE
 from nodes import ray_head
 
 from raybert.history import read_attempts, read_history
+from raybert.manifest import newest_checkpoint
 from raybert.storage import Directory
 
 ROOT = Path(__file__).parents[1]
@@ -137,13 +138,15 @@ def test_a_stopped_job_is_resumed_by_the_same_command_and_no_secret_is_written(h
     assert f"Interrupted; the same command resumes the run in {run.path}." in logs
     (stopped,) = read_attempts(run)
 
-    logs = Job(head, checkout, "resumed", run_dir=run.path, **{"training.num_steps": 200}).wait()
-    assert "attempt 2: 2 workers, from step " in logs
-    assert "step 200/200  loss " in logs
+    reached = newest_checkpoint(run, print).step
+    num_steps = reached + 50
+    logs = Job(head, checkout, "resumed", run_dir=run.path, **{"training.num_steps": num_steps}).wait()
+    assert f"attempt 2: 2 workers, from step {reached}" in logs
+    assert f"step {num_steps}/{num_steps}  loss " in logs
     first, second = read_attempts(run)
-    assert first == stopped and 0 < second.start_step < 200
+    assert first == stopped and 0 < second.start_step == reached
     newest = (run / "checkpoints").names()[-1]
-    assert [record.step for record in read_history(run, newest)] == list(range(200))
+    assert [record.step for record in read_history(run, newest)] == list(range(num_steps))
     for place in (Path(run.path), head.directory / "ray" / "session_latest" / "logs"):
         contents = [path.read_bytes() for path in place.rglob("*") if path.is_file()]
         assert len(contents) > 5
