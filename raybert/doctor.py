@@ -40,7 +40,7 @@ from raybert.starts import PatientTorchConfig
 from raybert.storage import Directory, File, find_files, resolve
 from raybert.trackers import check_trackers
 from raybert.trial import index_some, run_trial, some_files
-from raybert.view import duration
+from raybert.view import counted, duration
 from raybert.wordpiece import read_vocabulary
 from raybert.world import CPU, World
 
@@ -120,7 +120,7 @@ def _files(known: _Known, _: ExitStack, __: bool) -> Iterator[Finding]:
     known.files = find_files(known.config.data.input_files, "data.input_files")
     known.held_out = find_files(known.config.evaluation.input_files, "evaluation.input_files")
     size_bytes = sum(file.size_bytes for file in known.files)
-    text = f"{len(known.files):,} files, {size_bytes / GB:.3g} GB, and {len(known.held_out)} held-out"
+    text = f"{counted(len(known.files), 'file')}, {size_bytes / GB:.3g} GB, and {len(known.held_out)} held-out"
     yield Finding("files", OK, text, {"files": len(known.files), "bytes": size_bytes})
 
 

@@ -34,6 +34,7 @@ from raybert.projection import cross_entropies
 from raybert.scratch import scratch
 from raybert.step import autocast
 from raybert.storage import Directory, File, find_files
+from raybert.view import counted
 from raybert.weights import VOCABULARY, Opened, open_model
 from raybert.world import World
 
@@ -235,8 +236,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     step = "" if report["step"] is None else f", step {report['step']:,}"
     yield f"{report['checkpoint']}{step}"
     yield (
-        f"{report['samples']:,} samples in {report['files']:,} files, {report['masked_tokens']:,} masked tokens, on "
-        f"{report['device']}"
+        f"{report['samples']:,} samples in {counted(report['files'], 'file')}, "
+        f"{report['masked_tokens']:,} masked tokens, on {report['device']}"
     )
     guess = (
         f" (guessing by token frequency: loss {report['unigram_mlm_loss']:.4f})" if "unigram_mlm_loss" in report else ""

@@ -110,7 +110,7 @@ def test_a_person_reads_the_same(trained, capsys):
     text = capsys.readouterr().out
     for part in (
         "step 4",
-        "70 samples in 1 files",
+        "70 samples in 1 file,",
         "Masked LM      loss",
         "Next sentence  loss",
         "guessing",
