@@ -269,8 +269,9 @@ def test_a_killed_prepare_goes_on_and_ends_with_the_same_bytes(books, of_books, 
 
 
 def count(output):
-    """Files in the output directory and in its work folder, those aside: how far it is."""
-    return sum(not name.startswith(".") for _, _, files in os.walk(output) for name in files)
+    """Files in the output directory and in its work folder, those aside and the index: how far it is."""
+    folders = (output, output / WORK)
+    return sum(not path.name.startswith(".") and path.is_file() for folder in folders for path in folder.glob("*"))
 
 
 def contents_of_files(output):
