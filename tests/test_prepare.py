@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,35 @@ def test_a_peer_reads_what_is_made(tmp_path):
     theirs = list(tfrecord_loader(str(path), None, types))[:200]
     for name in types:
         assert (np.stack([sample[name] for sample in theirs]) == ours[name].reshape(200, -1)).all()
+
+
+TENSORFLOW = """
+import sys
+import tensorflow as tf
+features = {name: tf.io.FixedLenFeature([128], tf.int64) for name in ("input_ids", "input_mask", "segment_ids")}
+features |= {name: tf.io.FixedLenFeature([20], tf.int64) for name in ("masked_lm_positions", "masked_lm_ids")}
+features |= {"masked_lm_weights": tf.io.FixedLenFeature([20], tf.float32)}
+features |= {"next_sentence_labels": tf.io.FixedLenFeature([1], tf.int64)}
+for compression, path in zip(("", "GZIP"), sys.argv[1:]):
+    records = list(tf.data.TFRecordDataset(path, compression))
+    parsed = tf.io.parse_example(tf.stack(records), features)
+    print(len(records), *(int(tf.reduce_sum(tf.cast(parsed[name], tf.int64))) for name in sorted(features)))
+"""
+
+
+@pytest.mark.skipif(find_spec("tensorflow") is None, reason="needs TensorFlow (the extra tensorflow)")
+def test_tensorflow_reads_what_is_made(tmp_path):
+    """As Model Garden's input pipeline does, plain and gzip."""
+    for name, more in (("plain", ()), ("packed", ("--gzip_compress",))):
+        prepared(tmp_path / name, "--dupe_factor", 1, *more)
+    paths = [next((tmp_path / name).glob("samples-*")) for name in ("plain", "packed")]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", TENSORFLOW, *map(str, paths)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    index = build_index(paths[0], SCHEMA, tmp_path / "index")
+    ours = index.read(np.arange(index.num_samples))
+    expected = " ".join(map(str, (index.num_samples, *(int(ours[name].sum(dtype=np.int64)) for name in sorted(ours)))))
+    assert done.stdout.splitlines() == [expected, expected], done.stderr
 
 
 def test_gzip_holds_the_same_samples(tmp_path):
