@@ -64,35 +64,19 @@ def train(argv: list[str]) -> int:
     return run(arguments.config, arguments.verbose)
 
 
-def doctor(argv: list[str]) -> int:
-    """Exit code 0 for "go", 1 if something must be mended first."""
-    return _ahead_of_train(
-        argv,
-        "raybert.doctor",
-        "Before a long run: look at configuration, files, storage, cluster, network, data, and a few steps of the\n"
-        'real model, and say "go" (exit code 0) or what to mend first (1).',
-    )
+def _ahead_of_train(command: str, module: str, description: str) -> Callable[[list[str]], int]:
+    """A command of a module that is imported when it is called; it takes the flags of train, and --json."""
 
+    def run(argv: list[str]) -> int:
+        if {"-h", "--help"} & set(argv):
+            usage = f"usage: python run.py {command} [--json] [--config FILE] [-v] [--section.field VALUE ...]"
+            print(f"{usage}\n\n{description}\n\nThe flags are those of train.")
+            return 0
+        arguments = parse_train([word for word in argv if word != "--json"])
+        code: int = importlib.import_module(module).main(arguments.config, "--json" in argv, arguments.verbose)
+        return code
 
-def tune_batch(argv: list[str]) -> int:
-    return _ahead_of_train(
-        argv,
-        "raybert.tuning",
-        "Try bounds of a forward and backward (training.micro_batch_size, training.micro_batch_tokens) on real\n"
-        "batches, for up to two minutes or so, and print the flags of the fastest.",
-    )
-
-
-def _ahead_of_train(argv: list[str], module: str, summary: str) -> int:
-    """Run a command that takes the flags of train, and --json."""
-    if {"-h", "--help"} & set(argv):
-        command = "doctor" if module == "raybert.doctor" else "tune-batch"
-        print(f"usage: python run.py {command} [--json] [--config FILE] [-v] [--section.field VALUE ...]\n\n{summary}")
-        print("\nThe flags are those of train.")
-        return 0
-    arguments = parse_train([word for word in argv if word != "--json"])
-    code: int = importlib.import_module(module).main(arguments.config, "--json" in argv, arguments.verbose)
-    return code
+    return run
 
 
 def _main_of(module: str) -> Callable[[list[str]], int]:
@@ -113,8 +97,24 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         "Say what is in TFRecord files of samples, and what would spoil training.",
         _main_of("raybert.inspection"),
     ),
-    "doctor": ("Before a long run: look at all that it needs, and say go or what to mend first.", doctor),
-    "tune-batch": ("Find the fastest micro-batch for this configuration, and print its flags.", tune_batch),
+    "doctor": (
+        "Before a long run: look at all that it needs, and say go or what to mend first.",
+        _ahead_of_train(
+            "doctor",
+            "raybert.doctor",
+            "Before a long run: look at configuration, files, storage, cluster, network, data, and a few steps of the\n"
+            'real model, and say "go" (exit code 0) or what to mend first (1).',
+        ),
+    ),
+    "tune-batch": (
+        "Find the fastest micro-batch for this configuration, and print its flags.",
+        _ahead_of_train(
+            "tune-batch",
+            "raybert.tuning",
+            "Try bounds of a forward and backward (training.micro_batch_size, training.micro_batch_tokens) on real\n"
+            "batches, for up to two minutes or so, and print the flags of the fastest.",
+        ),
+    ),
     "evaluate": (
         "Loss, accuracy and perplexity of a checkpoint on held-out samples.",
         _main_of("raybert.scores"),

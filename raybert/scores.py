@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
         counts = index.label_counts if trained_on is None else trained_on
         with Progress(console=console, disable=is_quiet) as progress:
             task = progress.add_task("evaluating samples", total=index.num_samples)
-            advance = lambda number: progress.update(task, advance=number)  # noqa: E731
+            advance = partial(progress.advance, task)
             found = score(opened.model.to(world.device), index, training, world, bands_of(counts), advance)
     report = make_report(opened, index, found, trained_on, world)
     print(json.dumps(report, indent=1) if options.json else "\n".join(lines(report)))
