@@ -269,7 +269,7 @@ def make_shard(plan: Plan, dealt: Sequence[Dealt], task: ShardTask) -> ShardReco
     name = task.name(plan.settings.compression)
     output = Directory(plan.output)
     outlast_blip(partial(output.write, name, content))
-    outlast_blip(lambda: index_beside(output.file(name), maker.schema))
+    outlast_blip(lambda: index_beside(output.file(name), content, maker.schema))
     made = ShardRecord(name, len(content), hashlib.sha256(content).hexdigest(), census.to_json())
     outlast_blip(partial(plan.work.write, record, json.dumps(asdict(made)).encode()))
     return made

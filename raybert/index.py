@@ -19,12 +19,13 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from pyarrow import fs
 
 from raybert.compression import compression, decompressed_chunks
 from raybert.errors import UserError
 from raybert.example import Schema, bad_records, decode
-from raybert.storage import Directory, File, chunks, containing, open_input, open_seen, resolve
+from raybert.storage import Directory, File, chunks, containing, open_seen, resolve
 from raybert.tfrecord import BadRecord, find_records, walk
 
 Ints = npt.NDArray[np.int64]
@@ -104,23 +105,23 @@ def index_shard(file: File, schema: Schema, cache: Directory, max_bad: int | Non
     return shard
 
 
-def index_beside(file: File, schema: Schema) -> None:
+def index_beside(file: File, content: bytes, schema: Schema) -> None:
     """Put a new file's index beside it, unless it is compressed; training then need not read the file first.
 
     Args:
-        file: a TFRecord file; it is read back, so what could not be read is found here.
+        file: a TFRecord file that was just written.
+        content: what was written.
         schema: what each record must look like.
 
     Raises:
-        OSError: the file does not hold what was written, or storage fails.
+        OSError: the file is not as long as what was written, or storage fails.
     """
-    with open_input(file.path) as source:
-        if compression(source.read(64)):
-            return
-        source.seek(0)
-        shard = _scan(file, file.path, chunks(source), schema, max_bad=1)
-    if shard.bad:
-        raise OSError(f"{file.path} cannot be read back: {shard.bad[0]}")
+    if file.size_bytes != len(content):
+        raise OSError(f"{file.path} has {file.size_bytes} bytes after {len(content)} were written")
+    if compression(content[:64]):
+        return
+    shard = _scan(file, file.path, chunks(pa.BufferReader(content)), schema, max_bad=1)
+    assert not shard.bad, f"{file.path} was made wrong: {shard.bad[0]}"
     folder, name = _beside(file, schema)
     folder.write(name, _to_bytes(shard))
 
